@@ -1,0 +1,291 @@
+"""Every key of a trial: its type, bounds, default and meaning, as frozen pydantic models.
+
+`TrialConfig` says everything about one trial, so that the same config always gives the same model.
+The configs of whole jobs, in `jobconfig.py`, are made of these sections and a few more.
+
+Unknown keys are errors, and so are keys that the chosen variant would not use: `freeze.num_stages`
+under `freeze.strategy: head`, `optim.momentum` under `optim.optimizer: adamw`. Such keys are None
+until a variant that uses them is chosen, which fills in its default.
+"""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A frozen group of keys, some of which only certain variants of it use.
+
+    `variants` maps a selecting key to {its value: {key used by that value: default}}.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    variants: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_used_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for selector, uses in cls.variants.items():
+            chosen = values.get(selector, cls.model_fields[selector].default)
+            if not isinstance(chosen, str) or chosen not in uses:
+                continue  # not a valid choice: the field's own validation says so
+            for key in {key for used in uses.values() for key in used} - set(uses[chosen]):
+                if values.get(key) is not None:
+                    users = [name for name, used in uses.items() if key in used]
+                    raise ValueError(
+                        f"'{key}' is not used with {selector} '{chosen}'; "
+                        f"it is used with: {', '.join(users)}"
+                    )
+            for key, default in uses[chosen].items():
+                if values.get(key) is None:
+                    values[key] = default
+        return values
+
+
+class DataConfig(Section):
+    """Which images, and how they are split."""
+
+    uri: str = Field("sample:flowers", min_length=1)
+    """`sample:flowers`, an ImageFolder directory, or a directory of shards with manifest.json."""
+    image_size: int | None = Field(None, ge=16, le=2048)
+    """Side of the square the model sees, in pixels. None: what the weights were trained at."""
+    limit: int | None = Field(None, ge=4)
+    """Use this many samples, stratified by class and split. None: all."""
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of each class that validates, chosen by hash of the sample's key."""
+    test_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of each class that neither trains nor validates; `jobs/predict.py` reports it."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of the images cannot be used."""
+    num_workers: int | None = Field(None, ge=1, le=256)
+    """Threads that decode and augment. None: as many as the trial has CPUs."""
+    cache_dir: str = Field("~/.cache/tlrunner", min_length=1)
+    """Where images are kept as shards, and fetched weights."""
+
+    @model_validator(mode="after")
+    def _splits_leave_training_data(self) -> "DataConfig":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction and test_fraction together must stay below 1")
+        return self
+
+
+class BackboneConfig(Section):
+    """Which pretrained network."""
+
+    name: str = Field("efficientnet_lite0", min_length=1)
+    """A torchvision classification model, `timm/NAME`, or `efficientnet_lite0|1|2` (packaged)."""
+    weights: str = Field("default", min_length=1)
+    """`default`, `none`, a named set (`IMAGENET1K_V2`), or a file path or `s3://` URI."""
+    weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 that a weights file or URI must have."""
+
+
+Strategy = Literal[
+    "head", "last_stages", "first_stages", "norm_and_head", "full", "lp_ft", "gradual"
+]
+
+
+class FreezeConfig(Section):
+    """How much of the backbone trains. The head always does."""
+
+    variants = {
+        "strategy": {
+            "head": {},
+            "last_stages": {"num_stages": 1},
+            "first_stages": {"num_stages": 1},
+            "norm_and_head": {},
+            "full": {},
+            "lp_ft": {"head_epochs": 1},
+            "gradual": {"epochs_per_stage": 1},
+        }
+    }
+    strategy: Strategy = "head"
+    """What trains: `head` alone, the `last_stages` or `first_stages`, `norm_and_head`, `full`,
+    `lp_ft` (the head alone first, then all), `gradual` (one more stage, from the top, in turn)."""
+    num_stages: int | None = Field(None, ge=1)
+    """Stages that train, counted from the head (`last_stages`) or the stem (`first_stages`)."""
+    head_epochs: int | None = Field(None, ge=1)
+    """`lp_ft`: epochs with the head alone, before everything trains."""
+    epochs_per_stage: int | None = Field(None, ge=1)
+    """`gradual`: epochs before the next stage joins."""
+
+
+class HeadConfig(Section):
+    """What replaces the backbone's classifier."""
+
+    variants = {
+        "kind": {
+            "linear": {"pooling": "auto"},
+            "mlp": {"pooling": "auto", "hidden_sizes": (512,)},
+            "flatten_mlp": {"hidden_sizes": (512, 512)},
+        }
+    }
+    kind: Literal["linear", "mlp", "flatten_mlp"] = "linear"
+    """One linear layer, a perceptron on pooled features, or one on the flattened feature map."""
+    pooling: Literal["auto", "avg", "max"] | None = None
+    """How the feature map is pooled. `auto`: as the backbone was pretrained."""
+    hidden_sizes: tuple[int, ...] | None = Field(None, min_length=1, max_length=4)
+    """Widths of the hidden layers of a perceptron."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before each linear layer of the head."""
+
+    @model_validator(mode="after")
+    def _hidden_sizes_are_widths(self) -> "HeadConfig":
+        if any(not 1 <= width <= 65536 for width in self.hidden_sizes or ()):
+            raise ValueError("each of hidden_sizes must lie in 1..65536")
+        return self
+
+
+class OptimConfig(Section):
+    """How parameters move."""
+
+    variants = {
+        "optimizer": {"adamw": {}, "adam": {}, "sgd": {"momentum": 0.9}},
+        "schedule": {
+            "cosine": {},
+            "step": {"step_epochs": 10, "step_gamma": 0.1},
+            "constant": {},
+        },
+    }
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0, le=100)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0, le=10)
+    """Decay of weights; biases and norm parameters are exempt."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of each stage as a multiple of that of the stage above it (the head has 1)."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs, fractions allowed, of linear warm-up before the schedule."""
+    step_epochs: int | None = Field(None, ge=1)
+    """`step`: epochs between two drops."""
+    step_gamma: float | None = Field(None, gt=0, lt=1)
+    """`step`: factor of each drop."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Clip the norm of all trained gradients. None: no clipping."""
+
+
+class TrainConfig(Section):
+    """How long and in what precision one trial trains."""
+
+    epochs: int = Field(5, ge=1, le=10_000)
+    batch_size: int = Field(32, ge=1, le=65536)
+    """Images per optimizer step, whatever the number of workers or micro-batches."""
+    gradient_accumulation_steps: int = Field(1, ge=1, le=1024)
+    """Micro-batches that a batch is cut into to save memory; results stay the same."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Validate and keep an exponential moving average of the weights. None: the weights."""
+    channels_last: bool = True
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _micro_batches_are_not_empty(self) -> "TrainConfig":
+        if self.gradient_accumulation_steps > self.batch_size:
+            raise ValueError("gradient_accumulation_steps must not exceed batch_size")
+        return self
+
+
+class AugmentConfig(Section):
+    """How a training image varies from view to view. Zero or null turns an entry off."""
+
+    crop_scale: tuple[float, float] | None = (0.5, 1.0)
+    """Random resized crop: least and greatest share of the image's area."""
+    horizontal_flip: float = Field(0.5, ge=0, le=1)
+    """Probability."""
+    vertical_flip: float = Field(0.0, ge=0, le=1)
+    """Probability."""
+    rotation: float = Field(0.0, ge=0, le=180)
+    """Greatest angle either way, in degrees."""
+    translation: float = Field(0.0, ge=0, le=1)
+    """Greatest shift either way, as a share of the side."""
+    zoom: float = Field(0.0, ge=0, lt=1)
+    """Greatest relative change of scale either way."""
+    shear: float = Field(0.0, ge=0, le=60)
+    """Greatest angle either way, in degrees."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Factor drawn from 1 - x to 1 + x; likewise contrast and saturation."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Greatest shift either way, as a share of the colour circle."""
+    random_erasing: float = Field(0.0, ge=0, le=1)
+    """Probability that a rectangle is painted over (Zhong et al., 2020)."""
+    trivial_augment: bool = False
+    """One random operation of random strength per view (Müller and Hutter, 2021)."""
+    mixup: float = Field(0.0, ge=0, le=10)
+    """Alpha of the Beta distribution that blends pairs of images (Zhang et al., 2018)."""
+    cutmix: float = Field(0.0, ge=0, le=10)
+    """Alpha of the Beta distribution of pasted areas (Yun et al., 2019)."""
+    num_views: int | None = Field(None, ge=1)
+    """Each sample has this many fixed views; epoch e uses view e mod num_views. None: a new
+    view every epoch."""
+
+    @model_validator(mode="after")
+    def _crop_scale_is_a_range(self) -> "AugmentConfig":
+        low, high = self.crop_scale or (1.0, 1.0)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is {[low, high]}, valid: 0 < least <= greatest <= 1")
+        return self
+
+
+class ResourceConfig(Section):
+    """What one trial gets. A trial has one worker process."""
+
+    cpus_per_worker: int = Field(1, ge=1, le=1024)
+    """CPUs, which is also the number of compute threads."""
+    gpus_per_worker: int | None = Field(None, ge=0, le=1)
+    """GPUs. None: one if the machine or cluster has any, else none."""
+
+
+class TrialConfig(Section):
+    """Everything that decides the outcome of one trial."""
+
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    freeze: FreezeConfig = FreezeConfig()
+    head: HeadConfig = HeadConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    augment: AugmentConfig = AugmentConfig()
+    resources: ResourceConfig = ResourceConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "TrialConfig":
+        epochs, strategy = self.train.epochs, self.freeze.strategy
+        if self.optim.warmup_epochs >= epochs:
+            raise ValueError(
+                f"optim.warmup_epochs is {self.optim.warmup_epochs}, valid: below train.epochs "
+                f"({epochs})"
+            )
+        if self.freeze.head_epochs is not None and self.freeze.head_epochs >= epochs:
+            raise ValueError(
+                f"freeze.head_epochs is {self.freeze.head_epochs}, valid: below train.epochs "
+                f"({epochs})"
+            )
+        if strategy == "head" and self.optim.layer_decay != 1:
+            raise ValueError("'optim.layer_decay' is not used with freeze.strategy 'head'")
+        return self
+
+
+class Preprocess(Section):
+    """How an image becomes what a backbone expects. Not set by users: it comes with the weights.
+
+    The short side is resized to `image_size / crop_fraction` and the centre is cropped; pixels in
+    [0, 1] are then normalised by `mean` and `std`, per RGB channel.
+    """
+
+    image_size: int
+    crop_fraction: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]

@@ -1,0 +1,82 @@
+"""Files that are either whole or absent.
+
+Whatever tlrunner leaves behind is written under a temporary name, flushed to the disk, and renamed;
+a reader never meets half a file. Used by every layer that writes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tlrunner.errors import StorageError
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value that is hashed: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256_json(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Create `path` by calling `write` on a temporary neighbour, then renaming it.
+
+    Raises:
+        StorageError: the place cannot be written (denied, full, gone). Nothing is left there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as err:
+        raise cannot_write(path, err) from err
+    finally:
+        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON in the order given; NaN and infinity are refused, not written."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parsed JSON of a file that tlrunner wrote.
+
+    Raises:
+        StorageError: absent, unreadable, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise StorageError(
+            f"{path} cannot be read: {err}", "", "check the path and its permissions"
+        ) from err
+
+
+def cannot_write(path: Path, err: OSError) -> StorageError:
+    return StorageError(
+        f"{path} cannot be written: {err.strerror or err}",
+        "a directory with free space that this user may write to",
+        "choose another place with --out or --set data.cache_dir=DIR",
+    )

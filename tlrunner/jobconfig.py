@@ -1,0 +1,153 @@
+"""Every key of a whole job: where it writes, what it searches, which images it reads.
+
+`TrainJob` is one trial with a place for its result, `JobConfig` adds the search over trials;
+`PrepareJob` and `PredictJob` are the configs of the two jobs that make data.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tlrunner.config import Section, TrialConfig
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+DISTRIBUTION_KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
+
+
+class OutputConfig(Section):
+    """Where results go: `uri`/`name`/."""
+
+    uri: str = Field("runs", min_length=1)
+    """The directory that holds runs."""
+    name: str | None = Field(None, pattern=NAME_PATTERN)
+    """Name of the run. None: the job's name, the date and a number."""
+
+
+class LogConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What the terminal shows; `debug` adds tracebacks of user errors."""
+
+
+class TrainJob(TrialConfig):
+    """`jobs/train.py`: one configuration."""
+
+    output: OutputConfig = OutputConfig()
+    log: LogConfig = LogConfig()
+
+    def trial(self) -> TrialConfig:
+        """The part that decides the outcome."""
+        return TrialConfig(**{name: getattr(self, name) for name in TrialConfig.model_fields})
+
+
+class Distribution(Section):
+    """Values that a searched key can take: exactly one of the five kinds."""
+
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    """One of these values, with equal chance."""
+    uniform: tuple[float, float] | None = None
+    """A number between two bounds."""
+    loguniform: tuple[float, float] | None = None
+    """A number between two positive bounds, uniform in its logarithm."""
+    randint: tuple[int, int] | None = None
+    """A whole number between two bounds, both included."""
+    grid: tuple[Any, ...] | None = Field(None, min_length=1)
+    """Each of these values in turn (`search.algorithm: grid`)."""
+    when: dict[str, Any] = {}
+    """Used only where these other keys have this value, or one of this list of values."""
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in DISTRIBUTION_KINDS if getattr(self, kind) is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The choices, or the two bounds."""
+        return tuple(getattr(self, self.kind))
+
+    @model_validator(mode="after")
+    def _is_one_proper_distribution(self) -> "Distribution":
+        given = [kind for kind in DISTRIBUTION_KINDS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(DISTRIBUTION_KINDS)}, has {given}")
+        low, high = (self.values + self.values)[:2]
+        if self.kind in ("uniform", "loguniform", "randint") and not low < high:
+            raise ValueError(f"{self.kind} is [{low}, {high}], valid: lower bound first")
+        if self.kind == "loguniform" and low <= 0:
+            raise ValueError(f"loguniform is [{low}, {high}], valid: positive bounds")
+        return self
+
+
+class SearchConfig(Section):
+    """Which trials run, and which of them are stopped early."""
+
+    variants = {
+        "algorithm": {"random": {"num_trials": 8}, "tpe": {"num_trials": 8}, "grid": {}},
+        "scheduler": {
+            "none": {},
+            "median": {"grace_epochs": 1},
+            "asha": {"grace_epochs": 1, "reduction_factor": 3},
+        },
+    }
+    space: dict[str, Distribution | tuple[Distribution, ...]] = {}
+    """Dotted key -> distribution, or a list of conditional ones of which the first that fits is
+    used."""
+    algorithm: Literal["random", "grid", "tpe"] = "random"
+    """Independent draws, every combination, or Optuna's tree-structured Parzen estimator."""
+    num_trials: int | None = Field(None, ge=1, le=100_000)
+    scheduler: Literal["none", "asha", "median"] = "none"
+    """Early stopping: asynchronous successive halving, or the median rule."""
+    grace_epochs: int | None = Field(None, ge=1)
+    """Epochs that every trial gets before it can be stopped."""
+    reduction_factor: int | None = Field(None, ge=2, le=100)
+    """`asha`: one in this many trials goes on at each rung."""
+    max_epochs: int | None = Field(None, ge=1)
+    """End trials after this many epochs, whatever their train.epochs. None: no such bound."""
+    time_budget_seconds: float | None = Field(None, gt=0)
+    """Start no epoch after this much wall time; the best so far is the result."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """None: as many as the resources allow."""
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class JobConfig(TrainJob):
+    """`jobs/tune_*.py`: a search over configurations."""
+
+    search: SearchConfig = SearchConfig()
+
+
+class PrepareSource(Section):
+    """Which images to write as shards."""
+
+    uri: str = Field("sample:flowers", min_length=1)
+    """`sample:flowers`, an ImageFolder directory, a flat directory of unlabelled images, or a
+    directory of shards."""
+    limit: int | None = Field(None, ge=4)
+    """Write this many samples, stratified by class. None: all."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Stop when more than this share of the images cannot be used."""
+
+
+class PrepareJob(Section):
+    """`jobs/prepare_images.py`: any source -> shards."""
+
+    data: PrepareSource = PrepareSource()
+    output: OutputConfig = OutputConfig()
+    log: LogConfig = LogConfig()
+
+
+class PredictSource(PrepareSource):
+    """Which images to predict."""
+
+    num_workers: int | None = Field(None, ge=1, le=256)
+    """Threads that decode. None: as many as the machine has CPUs."""
+    batch_size: int = Field(64, ge=1, le=65536)
+    cache_dir: str = Field("~/.cache/tlrunner", min_length=1)
+    """Where images are kept as shards."""
+
+
+class PredictJob(Section):
+    """`jobs/predict.py`: a model and images -> predictions."""
+
+    data: PredictSource = PredictSource()
+    output: OutputConfig = OutputConfig()
+    log: LogConfig = LogConfig()
