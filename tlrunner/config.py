@@ -114,6 +114,11 @@ class FreezeConfig(Section):
     epochs_per_stage: int | None = Field(None, ge=1)
     """`gradual`: epochs before the next stage joins."""
 
+    def __str__(self) -> str:
+        """The strategy with the number that goes with it, as `last_stages 2`."""
+        numbers = (self.num_stages, self.head_epochs, self.epochs_per_stage)
+        return " ".join([self.strategy, *(str(n) for n in numbers if n is not None)])
+
 
 class HeadConfig(Section):
     """What replaces the backbone's classifier."""

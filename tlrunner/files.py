@@ -28,8 +28,12 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_json(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return sha256_text(canonical_json(value))
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,7 +56,7 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_with(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

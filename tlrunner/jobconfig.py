@@ -6,7 +6,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tlrunner.config import Section, TrialConfig
 
@@ -88,7 +88,7 @@ class SearchConfig(Section):
             "asha": {"grace_epochs": 1, "reduction_factor": 3},
         },
     }
-    space: dict[str, Distribution | tuple[Distribution, ...]] = {}
+    space: dict[str, tuple[Distribution, ...]] = {}
     """Dotted key -> distribution, or a list of conditional ones of which the first that fits is
     used."""
     algorithm: Literal["random", "grid", "tpe"] = "random"
@@ -103,10 +103,28 @@ class SearchConfig(Section):
     max_epochs: int | None = Field(None, ge=1)
     """End trials after this many epochs, whatever their train.epochs. None: no such bound."""
     time_budget_seconds: float | None = Field(None, gt=0)
-    """Start no epoch after this much wall time; the best so far is the result."""
+    """End the search after this much wall time; the best so far is the result."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """None: as many as the resources allow."""
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _one_distribution_is_a_list_of_one(cls, space: Any) -> Any:
+        if not isinstance(space, dict):
+            return space
+        return {key: [entry] if isinstance(entry, dict) else entry for key, entry in space.items()}
+
+    @model_validator(mode="after")
+    def _grid_goes_with_grid(self) -> "SearchConfig":
+        for key, entries in self.space.items():
+            for entry in entries:
+                if (entry.kind == "grid") != (self.algorithm == "grid"):
+                    raise ValueError(
+                        f"space '{key}' is a {entry.kind}, which does not go with algorithm "
+                        f"'{self.algorithm}'; grid goes with grid, the others with random and tpe"
+                    )
+        return self
 
 
 class JobConfig(TrainJob):

@@ -1,0 +1,108 @@
+"""Where each image lies inside a Parquet file, so that a row is read by its offset.
+
+An image column that is plain, uncompressed and without dictionary holds each image in one piece,
+behind its length. The index of `NAME.parquet` is `NAME.index.npy`: one record a row with `offset`
+and `length` of the image in bytes, its `label` and its sample `id`. Made by reading the file back,
+which also proves that it can be read.
+"""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tlrunner.data.order import sample_ids
+from tlrunner.errors import DataError
+from tlrunner.files import write_with
+
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("label", "<i8"), ("id", "<u8")])
+Index = NDArray[np.void]
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.npy")
+
+
+def build_index(shard: Path) -> Index:
+    """Read a shard back and locate every image.
+
+    Raises:
+        DataError: the file's images are not stored contiguously.
+        OSError, pyarrow.ArrowException: the file cannot be read.
+    """
+    groups = []
+    with (
+        shard.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        pq.ParquetFile(shard, page_checksum_verification=True) as parquet,
+    ):
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, columns=["image", "label", "key"])
+            column = parquet.metadata.row_group(group).column(0)
+            images = [value.as_buffer() for value in table["image"]]
+            index = np.empty(len(images), INDEX_DTYPE)
+            index["offset"] = _locate(content, images, column.data_page_offset, shard)
+            index["length"] = [len(image) for image in images]
+            index["label"] = table["label"].to_numpy()
+            index["id"] = sample_ids(table["key"].to_pylist())
+            groups.append(index)
+    return np.concatenate(groups) if groups else np.empty(0, INDEX_DTYPE)
+
+
+def write_index(shard: Path, index: Index) -> None:
+    """Write the index of a shard beside it; whole or not at all."""
+
+    def save(path: Path) -> None:
+        with path.open("wb") as file:
+            np.save(file, index, allow_pickle=False)
+
+    write_with(index_path(shard), save)
+
+
+def load_index(shard: Path, num_rows: int) -> Index:
+    """The index of a shard, mapped into memory; built again where there is none.
+
+    Raises:
+        DataError: the index does not belong to the shard.
+    """
+    path = index_path(shard)
+    if not path.is_file():
+        return build_index(shard)
+    try:
+        index: Index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as err:
+        raise _wrong_index(path, str(err)) from err
+    if index.dtype != INDEX_DTYPE or index.shape != (num_rows,):
+        raise _wrong_index(path, f"{index.shape} of {index.dtype}, {num_rows} rows expected")
+    if num_rows and int((index["offset"] + index["length"]).max()) > shard.stat().st_size:
+        raise _wrong_index(path, "it points past the end of the shard")
+    return index
+
+
+def _locate(content: mmap.mmap, images: list[memoryview], start: int, shard: Path) -> list[int]:
+    """Offsets of images that lie in this order from `start` on, with a page header here and there.
+
+    An earlier match of the same bytes would be as good as the right one.
+    """
+    offsets = []
+    for image in images:
+        stored = len(image).to_bytes(4, "little") + bytes(image)
+        found = start if content[start : start + len(stored)] == stored else -1
+        found = content.find(stored, start) if found < 0 else found
+        if found < 0:
+            raise DataError(
+                f"{shard} does not hold its images contiguously",
+                "an uncompressed, plain 'image' column without dictionary",
+                "prepare the images again",
+            )
+        offsets.append(found + 4)
+        start = found + len(stored)
+    return offsets
+
+
+def _wrong_index(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} is not the index of its shard: {why}", "", "delete it, it is built again"
+    )

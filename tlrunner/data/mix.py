@@ -1,0 +1,76 @@
+"""Mixup and cutmix of neighbours in a batch, in place, on uint8.
+
+Images 2i and 2i+1 are mixed with each other (a last odd one stays as it is), as ranks cut batches
+between pairs. Mixing pixels before normalisation is the same as after: it is linear.
+"""
+
+import math
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tlrunner.config import AugmentConfig
+from tlrunner.data.order import Ids, hash_of, uniforms
+
+
+def mix_pairs(
+    images_BHWC: NDArray[np.uint8],
+    ids_B: Ids,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    view: int,
+    stream: int,
+) -> NDArray[np.float32]:
+    """Mix neighbours in place; with both kinds on, each pair gets one of them by chance.
+
+    Returns:
+        The weight of each image's own label, (B,); the rest belongs to its neighbour's.
+    """
+    weights_B = np.ones(len(ids_B), np.float32)
+    if not (augment.mixup or augment.cutmix):
+        return weights_B
+    for i in range(0, len(ids_B) - 1, 2):
+        kind, y, x = uniforms(ids_B[i : i + 1], seed, view, stream, 3)[0]
+        cut = kind < 0.5 if augment.mixup and augment.cutmix else bool(augment.cutmix)
+        key = int(hash_of(ids_B[i : i + 1], seed, view, stream + 1)[0])
+        share = _beta(augment.cutmix if cut else augment.mixup, key)
+        first, second = images_BHWC[i], images_BHWC[i + 1]
+        weights_B[i : i + 2] = (
+            swap_patch(first, second, share, (y, x)) if cut else blend(first, second, share)
+        )
+    return weights_B
+
+
+def blend(first: NDArray[np.uint8], second: NDArray[np.uint8], share: float) -> float:
+    """Mixup: each image keeps `share` of itself. Returns that share."""
+    mixed = cv2.addWeighted(first, share, second, 1 - share, 0)
+    second[...] = cv2.addWeighted(second, share, first, 1 - share, 0)
+    first[...] = mixed
+    return share
+
+
+def swap_patch(
+    first: NDArray[np.uint8],
+    second: NDArray[np.uint8],
+    share: float,
+    centre: tuple[float, float],
+) -> float:
+    """Cutmix: exchange a patch of 1 - `share` of the area. Returns the share that was kept.
+
+    The patch is cut off at the edges, as in the paper, and what it really covers is what counts.
+    """
+    height, width = first.shape[:2]
+    half = math.sqrt(1 - share) / 2
+    top, bottom = (int(np.clip(round((centre[0] + d) * height), 0, height)) for d in (-half, half))
+    left, right = (int(np.clip(round((centre[1] + d) * width), 0, width)) for d in (-half, half))
+    patch = first[top:bottom, left:right].copy()
+    first[top:bottom, left:right] = second[top:bottom, left:right]
+    second[top:bottom, left:right] = patch
+    return 1 - float((bottom - top) * (right - left) / (height * width))
+
+
+def _beta(alpha: float, key: int) -> float:
+    """A draw from Beta(alpha, alpha) that depends on nothing but the key."""
+    return float(np.random.Generator(np.random.Philox(key=key)).beta(alpha, alpha))

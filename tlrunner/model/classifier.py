@@ -1,0 +1,139 @@
+"""Backbone + head, with the freeze levels in force. What the trainer trains.
+
+Freezing is total: a frozen parameter has no gradient and is in no optimizer, and a frozen stage
+stays in eval mode through every `train()`, so BatchNorm statistics, dropout and stochastic depth
+stand still as well.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tlrunner.config import BackboneConfig, HeadConfig, Preprocess
+from tlrunner.errors import StorageError
+from tlrunner.model.backbones import BackboneInfo, build_backbone, describe
+from tlrunner.model.freeze import Level
+from tlrunner.model.heads import build_head
+from tlrunner.model.stages import Stages, is_norm, module_spans, norm_parameters
+
+__all__ = ["BackboneInfo", "Classifier", "build_classifier", "describe"]
+
+
+class Classifier(nn.Module):
+    """A backbone and a head: images (batch, 3, side, side) -> logits (batch, classes).
+
+    All stages train until `set_levels` says otherwise.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, stages: Stages) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.stages = stages
+        self.levels = (Level.TRAINED,) * len(stages.names)
+        self._pinned: frozenset[str] = frozenset()  # backbone modules that stay in eval mode
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.backbone(images_BCHW))
+        return logits
+
+    def set_levels(self, levels: tuple[Level, ...]) -> None:
+        """Freeze and unfreeze stages, one level for each, from the stem up."""
+        assert len(levels) == len(self.stages.names), "one level for each stage"
+        self.levels = levels
+        norms = norm_parameters(self.backbone)
+        for name, parameter in self.backbone.named_parameters():
+            level = levels[self.stages.of_parameter[name]]
+            parameter.requires_grad_(level > (Level.FROZEN if name in norms else Level.NORM))
+            if not parameter.requires_grad:
+                parameter.grad = None
+        self._pinned = self._find_pinned()
+        self.train(self.training)
+
+    def _find_pinned(self) -> frozenset[str]:
+        """A module that reaches into several stages is in train mode only if all of them are."""
+        spans = module_spans(self.backbone, self.stages)
+        modules = self.backbone.named_modules(remove_duplicate=False)
+        return frozenset(
+            name
+            for name, module in modules
+            if min(self.levels[stage] for stage in spans[name])
+            < (Level.NORM if is_norm(module) else Level.TRAINED)
+        )
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Train mode for what trains; frozen modules stay in eval mode."""
+        super().train(mode)
+        for name, module in self.backbone.named_modules(remove_duplicate=False):
+            if name in self._pinned:
+                module.training = False
+        return self
+
+    def distance_from_head(self, name: str) -> int:
+        """Stages between a parameter and the head: 0 in the head, 1 in the last stage."""
+        part, _, inner = name.partition(".")
+        if part == "head":
+            return 0
+        return len(self.stages.names) - self.stages.of_parameter[inner]
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that train, the head's among them."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """All that training changes: trained parameters, statistics of the modules that train.
+
+        The tensors are the model's own, not copies.
+        """
+        names = set(self.trainable_parameters())
+        for name, _ in self.named_buffers():
+            part, _, inner = name.partition(".")
+            if part == "head" or inner.rpartition(".")[0] not in self._pinned:
+                names.add(name)
+        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put back a `trainable_state` that was taken at the same levels.
+
+        Raises:
+            StorageError: it is of another model or of other levels.
+        """
+        own = {name: tensor.shape for name, tensor in self.trainable_state().items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        if differing := sorted(
+            name for name in own.keys() | found.keys() if own.get(name) != found.get(name)
+        ):
+            raise StorageError(
+                f"a checkpoint does not fit the model: {', '.join(differing[:3])} differ "
+                f"({len(differing)} tensors)",
+                "a checkpoint of the same trial and versions",
+                "start the run under another name",
+            )
+        self.load_state_dict(state, strict=False)
+
+
+def build_classifier(
+    backbone: BackboneConfig,
+    head: HeadConfig,
+    num_classes: int,
+    image_size: int | None = None,
+    weights_file: Path | None = None,
+) -> tuple[Classifier, Preprocess]:
+    """Build a classifier with pretrained backbone and fresh head, in train mode.
+
+    The caller seeds torch's global generator, which alone initialises what is not loaded.
+
+    Args:
+        image_size: side of the images in pixels. None: as the weights were trained.
+        weights_file: the local copy of `backbone.weights`, where that is a URI.
+
+    Raises:
+        ConfigError: an unknown name, weights that do not fit, an image size or pooling it has not.
+        StorageError: weights that cannot be fetched or read.
+    """
+    built = build_backbone(backbone, head, image_size, weights_file)
+    num_features = 1
+    for extent in built.feature_shape:
+        num_features *= extent
+    classifier = Classifier(built.module, build_head(head, num_features, num_classes), built.stages)
+    return classifier, built.preprocess

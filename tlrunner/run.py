@@ -1,0 +1,206 @@
+"""The jobs, each from its config to an exit code: read one top to bottom to see a whole run.
+
+`tune` searches, `train` runs one configuration, `prepare` makes shards; `predict.py` has the
+fourth. Each takes its config, the job's name, a console, and whether it only shows what it would
+do.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from tlrunner.config import TrialConfig
+from tlrunner.data.dataset import open_dataset
+from tlrunner.data.prepare import prepare
+from tlrunner.data.sources import open_source
+from tlrunner.data.write import write_shards
+from tlrunner.errors import InterruptedRun
+from tlrunner.files import read_json
+from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
+from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
+from tlrunner.report.rundir import RunDir, clear_unfinished, open_run, write_run_json
+from tlrunner.screen import preparing, show_summary
+from tlrunner.train.feed import open_data
+from tlrunner.train.trial import run_trial
+from tlrunner.train.trial_dir import EpochReport
+from tlrunner.tune.plan import check_search, check_trial, show_plan
+from tlrunner.tune.space import PlannedTrial
+
+log = logging.getLogger("tlrunner")
+AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
+
+
+def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
+    """Search for the best configuration. Gives the exit code."""
+    started = time.monotonic()
+    job = with_absolute_paths(job)
+
+    # -- Everything that can be wrong is found before anything starts ------------------------------
+    trials = check_search(job)
+    source = open_source(job.data.uri)
+    if dry_run:
+        show_plan(job, trials, source, out)
+        return 0
+    run = open_run(job, job.output, job_name)
+    if run.is_finished:
+        return _show_finished(run, out)
+    _log_to(run)
+
+    # -- Images ------------------------------------------------------------------------------------
+    shards = _prepared(job, run, out)
+
+    # -- Trials ------------------------------------------------------------------------------------
+    from tlrunner.tune.search import connected_to_ray, granted_resources, run_search
+
+    interrupted = False
+    with connected_to_ray(job.log.level):
+        job = job.model_copy(update={"resources": granted_resources(job.resources)})
+        _begin(run, job, shards, out)
+        try:
+            run_search(job, trials, run.path, shards, out)
+        except KeyboardInterrupt:
+            interrupted = True
+
+    # -- Result ------------------------------------------------------------------------------------
+    return _finish(run, shards, started, out, interrupted)
+
+
+def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
+    """Train one configuration, in this process. Gives the exit code."""
+    started = time.monotonic()
+    job = with_absolute_paths(job)
+    config = job.trial()
+    check_trial(config)
+    source = open_source(job.data.uri)
+    planned = PlannedTrial(0, config)
+    if dry_run:
+        show_plan(job, [planned], source, out)
+        return 0
+    run = open_run(job, job.output, job_name)
+    if run.is_finished:
+        return _show_finished(run, out)
+    _log_to(run)
+    shards = _prepared(job, run, out)
+    _begin(run, job, shards, out)
+
+    def show(report: EpochReport) -> None:
+        out.print(
+            f"epoch {report.epoch}/{config.train.epochs}  val_acc {report.val_acc:.4f}  "
+            f"val_loss {report.val_loss:.4f}  train_loss {report.train_loss:.4f}  "
+            f"{report.images_per_second:.0f} images/s  {report.seconds:.0f} s",
+            highlight=False,
+        )
+
+    directory = run.trials / planned.trial_id
+    interrupted = False
+    if not (directory / "end.json").exists():
+        try:
+            run_trial(config, show, trial_dir=directory, shards=shards)
+        except KeyboardInterrupt:
+            interrupted = True
+    return _finish(run, shards, started, out, interrupted)
+
+
+def prepare_images(job: PrepareJob, job_name: str, out: Console, dry_run: bool) -> int:
+    """Write any source of images as shards. Gives the exit code."""
+    source = open_source(absolute(job.data.uri), labelled=False)
+    if dry_run:
+        out.print(f"{len(source)} images of {len(source.class_names)} classes in {source.uri}")
+        return 0
+    parent = Path(job.output.uri).expanduser().resolve()
+    directory = parent / (job.output.name or job_name)
+    with preparing(out) as progress:
+        manifest = write_shards(
+            source,
+            directory,
+            limit=job.data.limit,
+            max_bad_fraction=job.data.max_bad_fraction,
+            progress=progress,
+        )
+    out.print(
+        f"{manifest.num_images} images of {len(manifest.class_names)} classes in "
+        f"{len(manifest.shards)} shards, {manifest.num_bad} unusable: {directory}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def with_absolute_paths(job: AnyTrial) -> AnyTrial:
+    """Trials run in directories of their own, so relative paths are settled here."""
+    weights = job.backbone.weights
+    is_path = "/" in weights and "://" not in weights
+    data = job.data.model_copy(
+        update={
+            "uri": absolute(job.data.uri),
+            "cache_dir": str(Path(job.data.cache_dir).expanduser().resolve()),
+        }
+    )
+    backbone = job.backbone.model_copy(update={"weights": absolute(weights)} if is_path else {})
+    return job.model_copy(update={"data": data, "backbone": backbone})
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute; other URIs as they are."""
+    has_scheme = "://" in uri or uri.startswith("sample:")
+    return uri if has_scheme else str(Path(uri).expanduser().resolve())
+
+
+def _prepared(job: TrainJob, run: RunDir, out: Console) -> Path:
+    """The shards of the job's images, whose split is known to work."""
+    with preparing(out) as progress:
+        shards = prepare(
+            job.data.uri,
+            job.data.cache_dir,
+            max_bad_fraction=job.data.max_bad_fraction,
+            progress=progress,
+        )
+    copy_bad_images(shards, run)
+    dataset, splits = open_data(job.data, shards)
+    out.print(
+        f"{len(splits.train)} images train, {len(splits.val)} validate, {len(splits.test)} test; "
+        f"{len(dataset.class_names)} classes",
+        highlight=False,
+    )
+    return shards
+
+
+def _begin(run: RunDir, job: TrainJob, shards: Path, out: Console) -> None:
+    manifest = open_dataset(shards).manifest
+    write_run_json(run, job, data={"manifest_sha256": manifest.sha256})
+    kept = clear_unfinished(run)
+    out.print(
+        f"run {run.path}" + (f": {kept} trials are done already" if kept else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _finish(run: RunDir, shards: Path, started: float, out: Console, interrupted: bool) -> int:
+    manifest = open_dataset(shards).manifest
+    summary = finish_run(run, manifest, time.monotonic() - started, interrupted=interrupted)
+    if interrupted:
+        raise InterruptedRun(
+            f"run {run.path} was interrupted",
+            "",
+            f"the same command with --name {run.path.name} continues it",
+        )
+    show_summary(summary, run.path, out)
+    return exit_code(summary)
+
+
+def _show_finished(run: RunDir, out: Console) -> int:
+    summary: dict[str, Any] = read_json(run.path / "summary.json")
+    out.print(f"run {run.path} is finished already", highlight=False, soft_wrap=True)
+    show_summary(summary, run.path, out)
+    return exit_code(summary)
+
+
+def _log_to(run: RunDir) -> None:
+    """From here on the run's directory keeps what the terminal shows no more than a line of."""
+    handler = logging.FileHandler(run.path / "log.txt", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)

@@ -1,0 +1,115 @@
+"""What is deployed: a directory that `load` turns back into a model, its labels and its transform.
+
+model.safetensors   every tensor of the model, frozen ones included
+trial.json          the TrialConfig, which `jobs/train.py --config` reproduces
+labels.json         class names by output
+preprocess.json     how an image becomes input
+metrics.json        what the model reached, and when
+COMMIT.json         size and SHA-256 of each of the above
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tlrunner.config import Preprocess, TrialConfig
+from tlrunner.configfile import validate
+from tlrunner.data.augment import EvalTransform
+from tlrunner.data.decode import encode_png, normalise
+from tlrunner.data.manifest import Manifest
+from tlrunner.files import read_json, write_json
+from tlrunner.model.classifier import Classifier, build_classifier
+from tlrunner.model.freeze import levels
+from tlrunner.train.checkpoint import read_checkpoint, save_tensors, verify_commit, write_commit
+from tlrunner.train.loop import to_model_input
+from tlrunner.train.trial import load_classifier
+from tlrunner.train.trial_dir import TrialDir, TrialRecord
+
+
+class ImageTransform:
+    """An image -> the normalised float tensor (3, H, W) the model expects.
+
+    Takes a path, the bytes of an image file, a PIL image, or a uint8 array (H, W, 3) in RGB.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        self.preprocess = preprocess
+        self.transform = EvalTransform(preprocess)
+
+    def __call__(self, image: str | Path | bytes | Image.Image | np.ndarray) -> Tensor:
+        side = self.preprocess.image_size
+        pixels_HWC = np.empty((side, side, 3), np.uint8)
+        self.transform.render(_stored_bytes(image), pixels_HWC)
+        batch_BHWC = torch.from_numpy(pixels_HWC)[None]
+        return to_model_input(batch_BHWC, self.preprocess, torch.device("cpu"))[0].contiguous()
+
+
+class Deployed(NamedTuple):
+    """A model in eval mode, the names of its outputs, and what turns an image into its input."""
+
+    model: Classifier
+    labels: tuple[str, ...]
+    transform: ImageTransform
+
+
+def export_model(record: TrialRecord, trial: TrialDir, images: Manifest, out: Path) -> None:
+    """Write the best epoch of a trial into the directory `out`, its commit last.
+
+    `images`: the manifest of what it was trained on.
+
+    Raises:
+        StorageError: the checkpoint is not whole, or `out` cannot be written.
+    """
+    best = record.best
+    assert best is not None, "only a trial with a finished epoch is exported"
+    trained, _ = read_checkpoint(trial.best_checkpoint(best))
+    classifier, preprocess = load_classifier(record.config, len(images.class_names))
+    num_stages = len(classifier.stages.names)
+    classifier.set_levels(levels(record.config.freeze, num_stages, best.epoch - 1))
+    classifier.load_trainable_state(trained)
+    save_tensors(out / "model.safetensors", classifier.state_dict())
+    write_json(out / "trial.json", record.config.model_dump(mode="json"))
+    write_json(out / "labels.json", list(images.class_names))
+    write_json(out / "preprocess.json", preprocess.model_dump(mode="json"))
+    origin = {"trial_id": record.trial_id, "data_sha256": images.sha256}
+    write_json(out / "metrics.json", {**origin, **asdict(best)})
+    write_commit(out)
+
+
+def load(path: str | Path) -> Deployed:
+    """The model in a directory that a run exported (`RUN/best`), ready to predict.
+
+    Raises:
+        StorageError: not such a directory, or a file in it is not what was written.
+    """
+    directory = Path(path)
+    verify_commit(directory)
+    config = read_config(directory)
+    labels = tuple(read_json(directory / "labels.json"))
+    preprocess = validate(Preprocess, read_json(directory / "preprocess.json"))
+    architecture = config.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
+    classifier, _ = build_classifier(architecture, config.head, len(labels), preprocess.image_size)
+    classifier.load_state_dict(load_file(directory / "model.safetensors"))
+    return Deployed(classifier.eval(), labels, ImageTransform(preprocess))
+
+
+def read_config(directory: Path) -> TrialConfig:
+    """The config that trained an exported model."""
+    return validate(TrialConfig, read_json(directory / "trial.json"))
+
+
+def _stored_bytes(image: Any) -> bytes:
+    """Any image as the bytes that shards hold, so that it is rendered like a shard's."""
+    if isinstance(image, str | Path):
+        image = Path(image).read_bytes()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return encode_png(np.asarray(image.convert("RGB")))
+    return normalise(image).data

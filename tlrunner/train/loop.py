@@ -1,0 +1,189 @@
+"""Batches -> sums: one epoch of training, one pass of evaluation.
+
+A global batch is one optimizer step, whatever number of micro-batches it is computed in: each
+micro-batch adds its summed loss over the size of the global batch.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from tlrunner.config import OptimConfig, Preprocess, TrainConfig
+from tlrunner.data.loader import Batch
+from tlrunner.model.classifier import Classifier
+from tlrunner.model.freeze import Level
+from tlrunner.train.ema import Ema
+from tlrunner.train.metrics import Metrics, Sums
+from tlrunner.train.optim import (
+    build_optimizer,
+    carry_state,
+    parameter_groups,
+    schedule_factor,
+    set_learning_rate,
+)
+
+LOSS_CHECK_STEPS = 16  # losses are looked at this often: each look waits for the device
+
+
+class DivergedError(Exception):
+    """The loss of `step`, counted from 1 over the whole trial, was not finite."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"non-finite loss at step {step}")
+        self.step = step
+
+
+class Loop:
+    """A model with what it takes to train and to evaluate it, phase by phase."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        classifier: Classifier,
+        preprocess: Preprocess,
+        optim: OptimConfig,
+        train: TrainConfig,
+    ) -> None:
+        self.accelerator = accelerator
+        self.classifier = classifier
+        self.preprocess = preprocess
+        self.optim = optim
+        self.train = train
+        self.model = accelerator.prepare_model(classifier)
+        self.optimizer: AcceleratedOptimizer | None = None
+        self.ema: Ema | None = None
+
+    def enter_phase(self, levels: tuple[Level, ...]) -> None:
+        """From now on the stages train as `levels` say; what trained before keeps its moments."""
+        self.classifier.set_levels(levels)
+        optimizer = build_optimizer(parameter_groups(self.classifier, self.optim), self.optim)
+        if self.optimizer:
+            carry_state(self.optimizer.optimizer, optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if self.train.ema_decay is not None:
+            self.ema = self.ema or Ema(self.train.ema_decay)
+            self.ema.follow(self.classifier.trainable_state())
+
+    def train_epoch(self, batches: Iterable[Batch], epoch: int, num_batches: int) -> Metrics:
+        """Train on every batch once; `epoch` counts from 0.
+
+        Raises:
+            DivergedError: a loss was not finite.
+        """
+        assert self.optimizer is not None, "no phase entered"
+        self.model.train()
+        sums = Sums(self.accelerator.device)
+        losses: list[Tensor] = []
+        for index, batch in enumerate(batches):
+            moment = epoch + (index + 0.5) / num_batches
+            set_learning_rate(
+                self.optimizer, schedule_factor(self.optim, moment, self.train.epochs)
+            )
+            losses.append(self._step(self.optimizer, batch, sums))
+            if len(losses) == LOSS_CHECK_STEPS or index + 1 == num_batches:
+                check_finite(losses, first_step=epoch * num_batches + index + 2 - len(losses))
+                losses.clear()
+        return sums.metrics()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Metrics:
+        """Accuracy and mean cross entropy (without smoothing), of the averaged weights if any."""
+        self.model.eval()
+        sums = Sums(self.accelerator.device)
+        with self.ema.swapped_in() if self.ema else nullcontext():
+            for batch in batches:
+                logits_BK = self.model(self._input(batch.images_BHWC))
+                loss, correct = mixed_loss(logits_BK, batch, label_smoothing=0.0)
+                sums.add(correct, loss, len(batch.labels_B))
+        return sums.metrics()
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Copies of all tensors that training changed, averaged if the config asks for it."""
+        with self.ema.swapped_in() if self.ema else nullcontext():
+            state = self.classifier.trainable_state()
+            return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def _step(self, optimizer: AcceleratedOptimizer, batch: Batch, sums: Sums) -> Tensor:
+        """One optimizer step; gives the summed loss of this rank's images, still on the device."""
+        parts = list(micro_batches(batch, self.train.gradient_accumulation_steps))
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, part in enumerate(parts):
+            is_last = index + 1 == len(parts)
+            # Gradients of several workers are exchanged once, with the last micro-batch.
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                logits_BK = self.model(self._input(part.images_BHWC))
+                loss, correct = mixed_loss(logits_BK, part, self.train.label_smoothing)
+                share = self.accelerator.num_processes / batch.num_global
+                self.accelerator.backward(loss * share)
+            sums.add(correct, loss.detach(), len(part.labels_B))
+            total += loss.detach()
+        if self.optim.max_grad_norm is not None:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            self.accelerator.clip_grad_norm_(trained, self.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if self.ema:
+            self.ema.update()
+        return total
+
+    def _input(self, images_BHWC: Tensor) -> Tensor:
+        images_BCHW = to_model_input(images_BHWC, self.preprocess, self.accelerator.device)
+        return images_BCHW if self.train.channels_last else images_BCHW.contiguous()
+
+
+def to_model_input(images_BHWC: Tensor, preprocess: Preprocess, device: torch.device) -> Tensor:
+    """uint8 images -> normalised float (B, C, H, W) in channels-last memory order."""
+    images_BCHW = images_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    mean, std = (
+        torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
+        for values in (preprocess.mean, preprocess.std)
+    )
+    return images_BCHW.sub_(mean).div_(std)
+
+
+def mixed_loss(logits_BK: Tensor, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy against both labels of mixed images, and the number correct.
+
+    An image is correct when the label that weighs more is predicted.
+    """
+    logits_BK = logits_BK.float()
+    labels_B, partners_B, weight_B = (
+        tensor.to(logits_BK.device, non_blocking=True)
+        for tensor in (batch.labels_B, batch.partner_labels_B, batch.label_weight_B)
+    )
+    loss_B = F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
+    if bool((batch.label_weight_B < 1).any()):  # on the CPU: nothing waits for a GPU
+        partner_loss_B = F.cross_entropy(
+            logits_BK, partners_B, reduction="none", label_smoothing=label_smoothing
+        )
+        loss_B = weight_B * loss_B + (1 - weight_B) * partner_loss_B
+        labels_B = torch.where(weight_B >= 0.5, labels_B, partners_B)
+    return loss_B.sum(), (logits_BK.argmax(1) == labels_B).sum()
+
+
+def micro_batches(batch: Batch, num_parts: int) -> Iterator[Batch]:
+    """The batch in at most `num_parts` nearly equal parts, none of them empty."""
+    size = len(batch.labels_B)
+    num_parts = min(num_parts, size)
+    for part in range(num_parts):
+        rows = slice(part * size // num_parts, (part + 1) * size // num_parts)
+        yield replace(
+            batch,
+            images_BHWC=batch.images_BHWC[rows],
+            labels_B=batch.labels_B[rows],
+            partner_labels_B=batch.partner_labels_B[rows],
+            label_weight_B=batch.label_weight_B[rows],
+        )
+
+
+def check_finite(losses: list[Tensor], first_step: int) -> None:
+    """Raise DivergedError with the first step whose loss is NaN or infinite."""
+    finite = torch.isfinite(torch.stack(losses)).tolist()
+    if not all(finite):
+        raise DivergedError(first_step + finite.index(False))

@@ -1,0 +1,38 @@
+"""Sums of a pass over batches; they become metrics once, at the border.
+
+Adding up correct, loss and seen, and dividing once at the end, gives the same figures for any
+batch size and number of workers, which an average of averages does not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Plain numbers over `seen` images."""
+
+    acc: float
+    loss: float
+    seen: int
+
+
+class Sums:
+    """Running (correct, loss, seen), kept on the device so that adding never waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, correct: Tensor, loss: Tensor, seen: int) -> None:
+        """Add one batch: number correct and summed loss (scalars), and its number of images."""
+        self.totals[0] += correct
+        self.totals[1] += loss
+        self.totals[2] += seen
+
+    def metrics(self) -> Metrics:
+        """The division, and the only wait for the device."""
+        correct, loss, seen = self.totals.tolist()
+        assert seen > 0, "metrics of no images"
+        return Metrics(acc=correct / seen, loss=loss / seen, seen=int(seen))

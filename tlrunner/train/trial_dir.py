@@ -1,0 +1,92 @@
+"""What one trial leaves behind: `trials/<id>/{config.json, metrics.jsonl, end.json, checkpoints/}`.
+
+The trial writes an epoch's line before it reports the epoch, so that no figure is ever shown that
+was not saved. A trial without end.json was stopped from outside.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tlrunner.config import TrialConfig
+from tlrunner.configfile import validate
+from tlrunner.files import cannot_write, read_json, write_json
+
+State = Literal["completed", "stopped", "diverged", "failed"]
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """The figures of a trial after one more epoch. All are plain Python numbers."""
+
+    epoch: int  # epochs finished, from 1
+    val_acc: float
+    val_loss: float
+    train_loss: float
+    images_per_second: float  # of training, validation aside
+    trainable_params: int
+    total_params: int
+    seconds: float  # since the trial began
+    checkpoint: str | None  # directory name of this epoch's checkpoint, if it is the best so far
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as its directory tells it."""
+
+    trial_id: str
+    config: TrialConfig
+    epochs: tuple[EpochReport, ...]
+    state: State
+    detail: str  # the step of a divergence, the error of a failure
+
+    @property
+    def best(self) -> EpochReport | None:
+        """The first epoch with the highest val_acc; None before the first epoch ends."""
+        return max(self.epochs, key=lambda report: report.val_acc, default=None)
+
+
+class TrialDir:
+    """The directory of one trial, for its one writer and for readers."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def begin(self, config: TrialConfig) -> None:
+        write_json(self.path / "config.json", config.model_dump(mode="json"))
+
+    def append(self, report: EpochReport) -> None:
+        """One more line of metrics, on the disk when this returns."""
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(report), allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as err:
+            raise cannot_write(path, err) from err
+
+    def end(self, state: State, detail: str = "") -> None:
+        write_json(self.path / "end.json", {"state": state, "detail": detail})
+
+    def best_checkpoint(self, report: EpochReport) -> Path:
+        assert report.checkpoint is not None, "a best epoch always has a checkpoint"
+        return self.checkpoints / report.checkpoint
+
+    def read(self) -> TrialRecord:
+        """The record so far. A line torn by a kill is the last one and is left out."""
+        end: Mapping[str, Any] = {"state": "stopped", "detail": ""}
+        if (self.path / "end.json").exists():
+            end = read_json(self.path / "end.json")
+        config = validate(TrialConfig, read_json(self.path / "config.json"))
+        return TrialRecord(self.path.name, config, self._epochs(), end["state"], end["detail"])
+
+    def _epochs(self) -> tuple[EpochReport, ...]:
+        path = self.path / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole_lines = text[: text.rfind("\n") + 1].splitlines()
+        return tuple(EpochReport(**json.loads(line)) for line in whole_lines)

@@ -1,0 +1,130 @@
+"""What a person sees while a search runs: one live table, or a plain line per epoch in a log."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tlrunner.errors import TlrunnerError
+from tlrunner.jobconfig import JobConfig
+from tlrunner.train.trial_dir import State, TrialDir
+from tlrunner.tune.space import PlannedTrial
+from tlrunner.tune.trainable import planned_trial
+
+STATE_STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow"}
+MAX_ROWS = 30  # of the live table: what does not fit a screen cannot be followed
+
+
+@dataclass
+class Row:
+    """One trial as the table shows it."""
+
+    planned: PlannedTrial
+    state: str = "running"
+    epoch: int = 0
+    val_acc: float | None = None  # of the best epoch so far
+    seconds: float = 0.0
+
+    def cells(self) -> list[str]:
+        config = self.planned.config
+        return [
+            self.planned.trial_id,
+            config.backbone.name,
+            str(config.freeze),
+            f"{self.epoch}/{config.train.epochs}",
+            "" if self.val_acc is None else f"{self.val_acc:.4f}",
+            f"{self.seconds:.0f}",
+            self.state,
+        ]
+
+
+class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
+    """Follows the trials of a search and records in its directory how each of them ended."""
+
+    def __init__(self, job: JobConfig, trials_dir: Path, num_trials: int, console: Console) -> None:
+        self.job = job
+        self.trials_dir = trials_dir
+        self.num_trials = num_trials
+        self.console = console
+        self.rows: dict[str, Row] = {}
+        self.started = time.monotonic()
+        self.live = Live(
+            console=console, get_renderable=self._table, auto_refresh=console.is_terminal
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray saves a copy of callbacks; a terminal cannot be saved and need not be
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        planned = planned_trial(self.job, trial.config)
+        self.rows[trial.trial_id] = Row(planned)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        row = self.rows[trial.trial_id]
+        row.epoch, row.seconds = result["epoch"], result["seconds"]
+        row.val_acc = max(row.val_acc or 0.0, result["val_acc"])
+        self._say(row)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self.rows[trial.trial_id]
+        row.state = TrialDir(self.trials_dir / row.planned.trial_id).read().state
+        self._say(row)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self.rows[trial.trial_id]
+        row.state = "failed"
+        directory = TrialDir(self.trials_dir / row.planned.trial_id)
+        if not (directory.path / "end.json").exists():
+            self._record_death(directory, row.planned)
+        self._say(row)
+
+    def _record_death(self, directory: TrialDir, planned: PlannedTrial) -> None:
+        """A trial whose process was killed could not say so itself."""
+        failed: State = "failed"
+        try:
+            directory.begin(planned.config)
+            directory.end(failed, "its process died; the node may have run out of memory")
+        except TlrunnerError as err:
+            self.console.print(f"trial {planned.trial_id}: {err}")
+
+    def _say(self, row: Row) -> None:
+        if not self.console.is_terminal:
+            trial, backbone, strategy, epoch, val_acc, seconds, state = row.cells()
+            self.console.print(
+                f"trial {trial}  {backbone}  {strategy}  epoch {epoch}  "
+                f"best val_acc {val_acc or '-'}  {seconds} s  {state}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+    def _table(self) -> RenderableType:
+        table = Table("trial", "backbone", "strategy", "epoch", "val_acc", "seconds", "state")
+        rows = sorted(self.rows.values(), key=lambda row: row.state != "running")
+        for row in rows[:MAX_ROWS]:
+            table.add_row(*row.cells(), style=STATE_STYLES.get(row.state, "red"))
+        ended = sum(row.state != "running" for row in rows)
+        best = max((row for row in rows if row.val_acc), key=lambda r: r.val_acc or 0, default=None)
+        best_text = f", best {best.val_acc:.4f} ({best.planned.trial_id})" if best else ""
+        hidden = f", {len(rows) - MAX_ROWS} not shown" if len(rows) > MAX_ROWS else ""
+        seconds = time.monotonic() - self.started
+        return Group(
+            table,
+            Text(f"{ended} of {self.num_trials} trials ended, {seconds:.0f} s{best_text}{hidden}"),
+        )

@@ -1,0 +1,209 @@
+"""The search space: from distributions over dotted keys to points, and from points to trials.
+
+A point is a flat map of dotted keys to plain values. Random and grid search know all their points
+before anything starts; TPE asks for one at a time. All three walk the space in the same way
+(`build_point`), so conditions mean the same to each.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from tlrunner.config import TrialConfig
+from tlrunner.configfile import config_hash, get_value, with_values
+from tlrunner.errors import ConfigError
+from tlrunner.files import canonical_json
+from tlrunner.jobconfig import Distribution, JobConfig
+
+Point = dict[str, Any]
+Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value from it
+
+SHARED_BY_ALL_TRIALS = ("data.", "resources.")
+TRIES_PER_TRIAL = 20  # random draws before a small space is taken to be exhausted
+NUM_PROBES = 64  # random points on which a space is checked that is only asked later
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One trial to run. Its id is its place in the search and the hash of its config."""
+
+    index: int
+    config: TrialConfig
+
+    @property
+    def trial_id(self) -> str:
+        return f"{self.index:04d}-{config_hash(self.config)[:6]}"
+
+
+def build_point(job: JobConfig, ask: Ask) -> Point:
+    """One point: each key whose condition holds gets a value from `ask`.
+
+    A key with several conditional distributions uses the first that fits, and is left at the
+    job's own value if none does.
+    """
+    point: Point = {}
+    base = job.trial()
+    for key in _ordered_keys(job):
+        entries = job.search.space[key]
+        for number, entry in enumerate(entries):
+            if _holds(entry.when, point, base):
+                name = key if len(entries) == 1 else f"{key}#{number}"
+                point[key] = ask(name, entry)
+                break
+    return point
+
+
+def planned_points(job: JobConfig) -> list[Point]:
+    """All points of a random or grid search, in order, none of them twice.
+
+    Point i of a random search depends on the seed and i alone, so more trials extend a search.
+    """
+    if job.search.algorithm == "grid":
+        return list(_grid_points(job))
+    assert job.search.num_trials is not None, "the config fills in num_trials"
+    points: dict[str, Point] = {}
+    for attempt in range(job.search.num_trials * TRIES_PER_TRIAL):
+        point = random_point(job, attempt)
+        points.setdefault(canonical_json(point), point)
+        if len(points) == job.search.num_trials:
+            break
+    return list(points.values())
+
+
+def random_point(job: JobConfig, attempt: int) -> Point:
+    """A point drawn by the search's seed and the number of the attempt alone."""
+    # One generator for each name: a key added to the space leaves the others' values as they were.
+    return build_point(
+        job,
+        lambda name, entry: _draw(random.Random(f"{job.search.seed}:{attempt}:{name}"), entry),
+    )
+
+
+def suggest_point(job: JobConfig, trial: optuna.Trial) -> Point:
+    """A point whose values Optuna suggests."""
+
+    def ask(name: str, entry: Distribution) -> Any:
+        if entry.kind == "choice":
+            # Optuna's categories are scalars, so a list is chosen by its place.
+            return entry.values[trial.suggest_categorical(name, list(range(len(entry.values))))]
+        low, high = entry.values
+        if entry.kind == "randint":
+            return trial.suggest_int(name, low, high)
+        return trial.suggest_float(name, low, high, log=entry.kind == "loguniform")
+
+    return build_point(job, ask)
+
+
+def trial_at(job: JobConfig, index: int, point: Point) -> PlannedTrial:
+    """The trial of a point, validated by the same classes as any config.
+
+    Raises:
+        ConfigError: the values do not fit together; the message names the point.
+    """
+    try:
+        return PlannedTrial(index, with_values(job.trial(), point))
+    except ConfigError as err:
+        raise ConfigError(
+            f"search.space can give {point}: {err.found}", err.valid, err.remedy
+        ) from err
+
+
+def planned_trials(job: JobConfig) -> list[PlannedTrial]:
+    """Every trial that can be known beforehand, each validated; for TPE a sample of the space."""
+    _check_keys(job)
+    if job.search.algorithm == "tpe":
+        points = [random_point(job, attempt) for attempt in range(NUM_PROBES)]
+    else:
+        points = planned_points(job)
+    return [trial_at(job, index, point) for index, point in enumerate(points)]
+
+
+def _draw(rng: random.Random, entry: Distribution) -> Any:
+    if entry.kind == "choice":
+        return entry.values[rng.randrange(len(entry.values))]
+    low, high = entry.values
+    if entry.kind == "randint":
+        return rng.randint(low, high)
+    if entry.kind == "loguniform":
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+    return rng.uniform(low, high)
+
+
+def _grid_points(job: JobConfig) -> Iterator[Point]:
+    """Every combination: an odometer over the choices that `build_point` asks for.
+
+    Which keys a point has depends on its earlier values, so the odometer is read as it turns: the
+    last place that can still move moves on, and the places after it are asked anew.
+    """
+    places: list[int] = []
+    while True:
+        sizes: list[int] = []
+
+        def ask(name: str, entry: Distribution, sizes: list[int] = sizes) -> Any:
+            if len(sizes) == len(places):
+                places.append(0)
+            sizes.append(len(entry.values))
+            return entry.values[places[len(sizes) - 1]]
+
+        yield build_point(job, ask)
+        while places and places[-1] + 1 == sizes[len(places) - 1]:
+            places.pop()
+        if not places:
+            return
+        places[-1] += 1
+
+
+def _holds(when: Mapping[str, Any], point: Point, base: TrialConfig) -> bool:
+    for key, wanted in when.items():
+        value = point[key] if key in point else get_value(base, key)
+        if value not in (wanted if isinstance(wanted, list | tuple) else (wanted,)):
+            return False
+    return True
+
+
+def _ordered_keys(job: JobConfig) -> list[str]:
+    """The keys of the space, each after those its conditions look at.
+
+    Raises:
+        ConfigError: conditions look at each other in a circle.
+    """
+    space = job.search.space
+    ordered: dict[str, None] = {}
+
+    def place(key: str, behind: tuple[str, ...]) -> None:
+        if key in behind:
+            raise ConfigError(
+                f"search.space: conditions go in a circle: {' -> '.join([*behind, key])}"
+            )
+        for entry in space[key]:
+            for other in entry.when:
+                if other in space:
+                    place(other, (*behind, key))
+        ordered.setdefault(key)
+
+    for key in space:
+        place(key, ())
+    return list(ordered)
+
+
+def _check_keys(job: JobConfig) -> None:
+    base = job.trial()
+    for key, entries in job.search.space.items():
+        for searched in [key, *(other for entry in entries for other in entry.when)]:
+            try:
+                get_value(base, searched)
+            except ConfigError as err:
+                raise ConfigError(f"search.space: {err.found}", err.valid, err.remedy) from err
+        if "." not in key:
+            raise ConfigError(f"search.space: '{key}' is a section", f"a key in it, as '{key}.KEY'")
+        if key.startswith(SHARED_BY_ALL_TRIALS) and key != "data.image_size":
+            raise ConfigError(
+                f"search.space: '{key}' is the same for all trials of a search, so that they "
+                "can be compared",
+                "keys of backbone, freeze, head, optim, train, augment, and data.image_size",
+            )
+    _ordered_keys(job)
