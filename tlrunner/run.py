@@ -96,7 +96,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
 
     directory = run.trials / planned.trial_id
     interrupted = False
-    if not (directory / "end.json").exists():
+    if not directory.exists():  # else it was finished before, and only the end is missing
         try:
             run_trial(config, show, trial_dir=directory, shards=shards)
         except KeyboardInterrupt:

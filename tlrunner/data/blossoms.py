@@ -76,7 +76,8 @@ class Head:
     @cached_property
     def _matrix(self) -> NDArray[np.float64]:
         squashed = np.diag([1, self.squash]) @ _rotation(self.angle)
-        return (_rotation(self.tilt) @ squashed * self.radius).T
+        matrix: NDArray[np.float64] = (_rotation(self.tilt) @ squashed * self.radius).T
+        return matrix
 
     def place(self, points: NDArray[np.float64]) -> NDArray[np.int32]:
         """(P, 2) points of the unit circle -> pixels."""

@@ -20,6 +20,7 @@ Pixels = NDArray[np.uint8]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 # Listed wherever Pillow opens something: left to guess, it hands EPS bytes to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MIN_SIDE, MAX_ASPECT = 8, 50
 
 
@@ -78,11 +79,18 @@ def encode_png(pixels: Pixels) -> bytes:
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """(height, width) of stored bytes, from their header."""
-    if simplejpeg.is_jpeg(data):
+    """(height, width) of stored bytes, from their header.
+
+    Raises:
+        BadImage: they are not what was once stored.
+    """
+    if bytes(data[:8]) == _PNG_SIGNATURE and len(data) >= 24:
+        return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
+    try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        return int(height), int(width)
-    return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")  # PNG's IHDR
+    except ValueError as err:
+        raise _bad(err) from err
+    return int(height), int(width)
 
 
 def decode(data: bytes | memoryview) -> Pixels:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tlrunner.data.manifest import MANIFEST_NAME, VERSION, read_manifest
-from tlrunner.data.sources import open_source
+from tlrunner.data.sources import local_directory, open_source, unlabelled
 from tlrunner.data.write import BAD_NAME, Progress, write_shards
 from tlrunner.errors import DataError
 from tlrunner.files import cannot_write, sha256_json
@@ -31,9 +31,13 @@ def prepare(
         DataError: nothing usable there, or too many bad images.
         StorageError: the cache directory cannot be written.
     """
+    if not uri.startswith("sample:"):
+        directory = local_directory(uri)
+        if (directory / MANIFEST_NAME).is_file():
+            if labelled and not read_manifest(directory).class_names:
+                raise unlabelled(uri)
+            return directory
     source = open_source(uri, labelled=labelled)
-    if source.shards is not None:
-        return source.shards
     fingerprint = sha256_json([VERSION, source.fingerprint])[:32]
     target = Path(cache_dir).expanduser().resolve() / "shards" / fingerprint
     if not (target / MANIFEST_NAME).is_file():

@@ -33,7 +33,6 @@ class Source:
         labels: the class number of each, -1 without labels.
         fingerprint: hash that changes when the samples do, found without reading them.
         read: sample number -> bytes of its image file; may raise OSError.
-        shards: the directory, if it holds prepared shards.
     """
 
     uri: str
@@ -42,7 +41,6 @@ class Source:
     labels: Sequence[int]
     fingerprint: str
     read: Callable[[int], bytes]
-    shards: Path | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -60,15 +58,37 @@ def open_source(uri: str, *, labelled: bool = True) -> Source:
     Raises:
         DataError: nothing usable is there.
     """
-    scheme, colon, rest = uri.partition(":")
+    scheme, colon, name = uri.partition(":")
     if scheme == "sample" and colon:
-        return _open_sample(uri, rest)
-    if scheme == "file" and colon:
-        return _open_directory(uri, Path(rest.removeprefix("//")), labelled)
-    if "://" in uri:
-        reason = "images in S3 cannot be read yet" if scheme == "s3" else "unknown kind of place"
+        return _open_sample(uri, name)
+    root = local_directory(uri)
+    try:
+        if (root / MANIFEST_NAME).is_file():
+            return _open_shards(uri, root, labelled)
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
+        return _open_folders(uri, root, folders, labelled)
+    except OSError as err:
+        raise DataError(
+            f"{err.filename} cannot be read: {err.strerror}", "", "check its permissions"
+        ) from err
+
+
+def local_directory(uri: str) -> Path:
+    """The directory that a path or file:// URI names.
+
+    Raises:
+        DataError: there is none, or the URI is of another kind.
+    """
+    path = uri.removeprefix("file://")
+    if "://" in path:
+        reason = "images in S3 cannot be read yet" if path.startswith("s3:") else "unknown scheme"
         raise DataError(f"data.uri is '{uri}': {reason}", _KINDS, "copy the images to this machine")
-    return _open_directory(uri, Path(uri).expanduser(), labelled)
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise DataError(f"{uri} does not exist", _KINDS, _similar_path(root))
+    if not root.is_dir():
+        raise DataError(f"{uri} is a file", _KINDS, "give the directory that holds it")
+    return root
 
 
 def _open_sample(uri: str, name: str) -> Source:
@@ -86,26 +106,10 @@ def _open_sample(uri: str, name: str) -> Source:
     )
 
 
-def _open_directory(uri: str, root: Path, labelled: bool) -> Source:
-    if not root.exists():
-        raise DataError(f"{uri} does not exist", _KINDS, _similar_path(root))
-    if not root.is_dir():
-        raise DataError(f"{uri} is a file", _KINDS, "give the directory that holds it")
-    try:
-        if (root / MANIFEST_NAME).is_file():
-            return _open_shards(uri, root, labelled)
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
-        return _open_folders(uri, root, folders, labelled)
-    except OSError as err:
-        raise DataError(
-            f"{err.filename} cannot be read: {err.strerror}", "", "check its permissions"
-        ) from err
-
-
 def _open_shards(uri: str, root: Path, labelled: bool) -> Source:
     dataset = open_dataset(root)
     if labelled and not dataset.class_names:
-        raise DataError(f"the shards in {uri} have no labels", "shards of an ImageFolder")
+        raise unlabelled(uri)
     return Source(
         uri=uri,
         class_names=dataset.class_names,
@@ -113,8 +117,12 @@ def _open_shards(uri: str, root: Path, labelled: bool) -> Source:
         labels=dataset.labels_N.tolist(),
         fingerprint=dataset.manifest.sha256,
         read=lambda i: bytes(dataset.image_bytes(i)),
-        shards=root,
     )
+
+
+def unlabelled(uri: str) -> DataError:
+    remedy = "use them with jobs/predict.py, or prepare a folder with one folder a class"
+    return DataError(f"the images in {uri} have no labels", "images in one folder a class", remedy)
 
 
 def _open_folders(uri: str, root: Path, folders: list[Path], labelled: bool) -> Source:
@@ -126,6 +134,7 @@ def _open_folders(uri: str, root: Path, folders: list[Path], labelled: bool) -> 
             raise DataError(f"{uri} holds no images", wanted, "check the path")
         if not labelled:
             return _listed(uri, root, (), loose, [-1] * len(loose))
+        raise unlabelled(uri)
     if labelled or not loose:
         _check_classes(uri, folders, files, loose)
     names = tuple(folder.name for folder in folders)

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ class _ShardWriter:
         if kind is None:
             self._end_shard()
         elif self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):  # the disk is full, say: what went wrong first is the news
+                self._writer.close()
 
     @property
     def _path(self) -> Path:

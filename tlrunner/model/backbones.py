@@ -115,7 +115,7 @@ def _feature_shape(
 # -- Without weights -----------------------------------------------------------------------------
 
 
-class _EmptyParameters(TorchFunctionMode):
+class EmptyParameters(TorchFunctionMode):
     """Parameters are created without memory; what a constructor computes with stays real.
 
     The meta device alone would not do: RegNet and Swin read numbers back from tensors.
@@ -152,7 +152,7 @@ def describe(config: BackboneConfig, image_size: int | None = None) -> BackboneI
 def _outline(name: str, image_size: int) -> tuple[tuple[str, ...], int]:
     library, inner = _library(name)
     try:
-        with _EmptyParameters():
+        with EmptyParameters():
             module, stages = library.build(inner, NO_WEIGHTS, "auto", image_size)
     except RuntimeError:  # timm's hybrids run their stem to learn its shape
         module, stages = library.build(inner, NO_WEIGHTS, "auto", image_size)

@@ -89,7 +89,7 @@ def clear_unfinished(run: RunDir) -> int:
     """Remove trials that were cut short or failed, to run again; gives the number that is kept."""
     kept = 0
     for record in run.records():
-        if record.state in ("completed", "diverged"):
+        if record.is_settled:
             kept += 1
         else:
             shutil.rmtree(run.trials / record.trial_id)

@@ -4,13 +4,13 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tlrunner.report.rundir import RunDir, installed_versions
 from tlrunner.train.trial_dir import State, TrialRecord
 
 Status = Literal["ok", "partial", "failed", "interrupted"]
-STATES: tuple[State, ...] = get_args(State)
+STATES: tuple[State, ...] = ("completed", "stopped", "diverged", "failed")
 SECTIONS = ("backbone", "freeze", "head", "optim", "train", "augment")
 
 

@@ -80,13 +80,15 @@ def run_trial(
         try:
             finished = _run_epoch(loop, feed, epoch, started)
         except DivergedError as err:
-            return _end(record, TrialResult("diverged", best, str(err)))
+            if record:
+                record.end("diverged", str(err))
+            return TrialResult("diverged", best, str(err))
         if best is None or finished.val_acc > best.val_acc:
             best = finished = _keep(record, loop, finished, feed.num_steps * (epoch + 1))
         if record:
             record.append(finished)
         report(finished)
-    return _end(record, TrialResult("completed", best))
+    return TrialResult("completed", best)
 
 
 def build_accelerator(config: TrialConfig) -> Accelerator:
@@ -157,9 +159,3 @@ def _keep(record: TrialDir | None, loop: Loop, report: EpochReport, step: int) -
     directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state)
     keep_only(directory)
     return replace(report, checkpoint=directory.name)
-
-
-def _end(record: TrialDir | None, result: TrialResult) -> TrialResult:
-    if record:
-        record.end(result.state, result.detail)
-    return result

@@ -1,7 +1,7 @@
 """What one trial leaves behind: `trials/<id>/{config.json, metrics.jsonl, end.json, checkpoints/}`.
 
 The trial writes an epoch's line before it reports the epoch, so that no figure is ever shown that
-was not saved. A trial without end.json was stopped from outside.
+was not saved. A trial that has neither all its epochs nor an end.json was interrupted.
 """
 
 import json
@@ -15,7 +15,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.files import cannot_write, read_json, write_json
 
-State = Literal["completed", "stopped", "diverged", "failed"]
+State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class TrialRecord:
         """The first epoch with the highest val_acc; None before the first epoch ends."""
         return max(self.epochs, key=lambda report: report.val_acc, default=None)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the trial would end the same way if it ran again."""
+        return self.state in ("completed", "stopped", "diverged")
+
 
 class TrialDir:
     """The directory of one trial, for its one writer and for readers."""
@@ -79,11 +84,13 @@ class TrialDir:
 
     def read(self) -> TrialRecord:
         """The record so far. A line torn by a kill is the last one and is left out."""
-        end: Mapping[str, Any] = {"state": "stopped", "detail": ""}
+        config = validate(TrialConfig, read_json(self.path / "config.json"))
+        epochs = self._epochs()
+        is_whole = bool(epochs) and epochs[-1].epoch == config.train.epochs
+        end: Mapping[str, Any] = {"state": "completed" if is_whole else "interrupted"}
         if (self.path / "end.json").exists():
             end = read_json(self.path / "end.json")
-        config = validate(TrialConfig, read_json(self.path / "config.json"))
-        return TrialRecord(self.path.name, config, self._epochs(), end["state"], end["detail"])
+        return TrialRecord(self.path.name, config, epochs, end["state"], end.get("detail", ""))
 
     def _epochs(self) -> tuple[EpochReport, ...]:
         path = self.path / "metrics.jsonl"

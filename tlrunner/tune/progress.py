@@ -80,11 +80,16 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         row = self.rows[trial.trial_id]
         row.epoch, row.seconds = result["epoch"], result["seconds"]
         row.val_acc = max(row.val_acc or 0.0, result["val_acc"])
-        self._say(row)
+        if row.epoch < row.planned.config.train.epochs:  # the last one is said with the end
+            self._say(row)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self.rows[trial.trial_id]
-        row.state = TrialDir(self.trials_dir / row.planned.trial_id).read().state
+        directory = TrialDir(self.trials_dir / row.planned.trial_id)
+        row.state = directory.read().state
+        if row.state == "interrupted":  # by the scheduler or the budget, so it is at its end
+            row.state = "stopped"
+            directory.end("stopped")
         self._say(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

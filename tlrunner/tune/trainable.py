@@ -12,7 +12,7 @@ from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.files import write_text
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.trial import run_trial
-from tlrunner.train.trial_dir import TrialDir
+from tlrunner.train.trial_dir import EpochReport, TrialDir
 from tlrunner.tune.space import PlannedTrial, trial_at
 
 
@@ -29,13 +29,16 @@ def build_trainable(
     def trainable(values: dict[str, Any]) -> None:
         planned = planned_trial(job, values)
         directory = trials_dir / planned.trial_id
+
+        def report(finished: EpochReport) -> None:
+            tune.report(asdict(finished))
+
+        if directory.exists():  # a continued run: what ended is told again, not computed again
+            for finished in TrialDir(directory).read().epochs:
+                report(finished)
+            return
         try:
-            run_trial(
-                planned.config,
-                lambda report: tune.report(asdict(report)),
-                trial_dir=directory,
-                shards=shards,
-            )
+            run_trial(planned.config, report, trial_dir=directory, shards=shards)
         except Exception as err:  # the border: whatever it is, the trial's directory says so
             record_failure(directory, err)
             raise
