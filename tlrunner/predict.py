@@ -31,6 +31,7 @@ from tlrunner.data.world import World
 from tlrunner.errors import StorageError
 from tlrunner.files import read_json, write_json, write_with
 from tlrunner.jobconfig import PredictJob
+from tlrunner.report.rundir import local_directory
 from tlrunner.run import absolute
 from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, read_config
@@ -63,7 +64,7 @@ def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: 
         source = open_source(uri, labelled=False)
         out.print(f"{len(source)} images in {uri}; labels: {', '.join(deployed.labels)}")
         return 0
-    directory = Path(job.output.uri).expanduser().resolve() / (job.output.name or job_name)
+    directory = local_directory(job.output) / (job.output.name or job_name)
     if (directory / "metrics.json").exists():
         raise StorageError(f"{directory} holds predictions already", "", "choose another --name")
     with preparing(out) as progress:

@@ -21,7 +21,7 @@ from tlrunner.errors import InterruptedRun
 from tlrunner.files import read_json
 from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
-from tlrunner.report.rundir import RunDir, clear_unfinished, open_run, write_run_json
+from tlrunner.report.rundir import RunDir, clear_unfinished, local_directory, open_run, write_run_json
 from tlrunner.screen import preparing, show_summary
 from tlrunner.train.feed import open_data
 from tlrunner.train.trial import run_trial
@@ -110,8 +110,7 @@ def prepare_images(job: PrepareJob, job_name: str, out: Console, dry_run: bool) 
     if dry_run:
         out.print(f"{len(source)} images of {len(source.class_names)} classes in {source.uri}")
         return 0
-    parent = Path(job.output.uri).expanduser().resolve()
-    directory = parent / (job.output.name or job_name)
+    directory = local_directory(job.output) / (job.output.name or job_name)
     with preparing(out) as progress:
         manifest = write_shards(
             source,

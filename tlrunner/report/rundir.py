@@ -53,7 +53,7 @@ def open_run(job: BaseModel, output: OutputConfig, job_name: str) -> RunDir:
         ConfigError: the name belongs to a run with another config.
         StorageError: the directory cannot be written.
     """
-    parent = Path(output.uri).expanduser().resolve()
+    parent = local_directory(output)
     run = RunDir(parent / (output.name or _new_name(parent, job_name)), config_hash(job))
     begun = run.path / "run.json"
     if begun.exists():
@@ -71,6 +71,22 @@ def open_run(job: BaseModel, output: OutputConfig, job_name: str) -> RunDir:
     except OSError as err:
         raise cannot_write(run.path, err) from err
     return run
+
+
+def local_directory(output: OutputConfig) -> Path:
+    """The directory that holds runs, absolute.
+
+    Raises:
+        ConfigError: it is not a directory on a file system.
+    """
+    path = output.uri.removeprefix("file://")
+    if "://" in path:
+        raise ConfigError(
+            f"output.uri is '{output.uri}'",
+            "a directory; on a cluster one that all nodes share",
+            "write there, then copy the run to its store",
+        )
+    return Path(path).expanduser().resolve()
 
 
 def write_run_json(run: RunDir, job: BaseModel, **facts: Any) -> None:
