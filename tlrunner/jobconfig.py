@@ -6,7 +6,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tlrunner.config import Section, TrialConfig
 
@@ -63,6 +63,10 @@ class Distribution(Section):
     def values(self) -> tuple[Any, ...]:
         """The choices, or the two bounds."""
         return tuple(getattr(self, self.kind))
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {self.kind: list(self.values), **({"when": self.when} if self.when else {})}
 
     @model_validator(mode="after")
     def _is_one_proper_distribution(self) -> "Distribution":
