@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from tlrunner.config import AugmentConfig, Preprocess
 from tlrunner.data import colour
 from tlrunner.data.decode import Pixels, decode_for, image_size
 from tlrunner.data.order import uniforms
-from tlrunner.data.resize import resize_exact, resize_fast
+from tlrunner.data.resize import Box, resize_exact, resize_fast
 from tlrunner.data.trivial import Fill, trivially_augmented
 
 AUGMENT_STREAM, MIX_STREAM = 1, 2
@@ -28,6 +29,7 @@ _DRAWS = (
     *("trivial_which", "trivial_strength", "trivial_sign"),
 )
 Draws = dict[str, float]
+Frame = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the image
 
 
 def view_of(epoch: int, num_views: int | None) -> int:
@@ -67,72 +69,68 @@ class TrainTransform:
         return red, green, blue
 
     def _framed(self, data: bytes | memoryview, draws: Draws) -> Pixels:
-        """Decode no more than the crop needs; crop, and move it if asked to."""
-        full_hw, size = image_size(data), self.preprocess.image_size
-        box_hw = self._box_hw(full_hw, draws)
-        least_h, least_w = (
-            math.ceil(full * size / box) for full, box in zip(full_hw, box_hw, strict=True)
-        )
-        pixels = decode_for(data, (least_h, least_w))
-        # the box is placed on the grid of what was decoded, so its corners need no rounding later
-        scale = pixels.shape[0] / full_hw[0], pixels.shape[1] / full_hw[1]
-        box_hw = box_hw[0] * scale[0], box_hw[1] * scale[1]
-        at = (draws["y"], draws["x"]) if self.augment.crop_scale else (0.5, 0.5)
-        a = self.augment
+        """Decode no more than the frame needs; cut it out, and move it if asked to."""
+        a, size = self.augment, self.preprocess.image_size
+        full_hw = image_size(data)
+        frame = self._random_frame(full_hw, draws) if a.crop_scale else None
+        left, top, right, bottom = shares = frame or central_frame(full_hw, self.preprocess)
+        pixels = decode_for(data, _least_hw(shares, size))
+        height, width = pixels.shape[:2]
+        box = left * width, top * height, right * width, bottom * height
         if a.rotation or a.translation or a.zoom or a.shear:
-            return self._moved(pixels, box_hw, at, draws)
-        return _cropped(pixels, box_hw, at, size, self.preprocess.interpolation)
+            return self._moved(pixels, box, draws)
+        if frame is None:  # what an evaluation sees
+            return resize_exact(pixels, (size, size), self.preprocess.interpolation, box)
+        crop = pixels[_rounded(box[1], box[3], height), _rounded(box[0], box[2], width)]
+        return resize_fast(crop, (size, size), self.preprocess.interpolation)
 
-    def _box_hw(self, full_hw: tuple[int, int], draws: Draws) -> tuple[float, float]:
-        if self.augment.crop_scale is None:
-            side = min(full_hw) * self.preprocess.crop_fraction
-            return side, side
-        low, high = self.augment.crop_scale
+    def _random_frame(self, full_hw: tuple[int, int], draws: Draws) -> Frame:
+        """A random resized crop (Szegedy et al., 2015)."""
+        low, high = self.augment.crop_scale or (1, 1)
         share = low + (high - low) * draws["area"]
-        return fitting_box(full_hw, share, draws["ratio"], (3 / 4, 4 / 3))
+        box_hw = fitting_box(full_hw, share, draws["ratio"], (3 / 4, 4 / 3))
+        height, width = (box / full for box, full in zip(box_hw, full_hw, strict=True))
+        left, top = draws["x"] * (1 - width), draws["y"] * (1 - height)
+        return left, top, left + width, top + height
 
-    def _moved(
-        self,
-        pixels: Pixels,
-        box_hw: tuple[float, float],
-        at: tuple[float, float],
-        draws: Draws,
-    ) -> Pixels:
-        """Crop, rotate, shear, zoom and shift in one warp; beyond its edges an image is mirrored.
+    def _moved(self, pixels: Pixels, box: Box, draws: Draws) -> Pixels:
+        """Cut out, rotate, shear, zoom and shift in one warp; beyond its edges an image mirrors.
 
         A warp has no antialiasing filter, so what must shrink is resized first.
         """
         a, size = self.augment, self.preprocess.image_size
         zoom = 1 + a.zoom * _signed(draws["zoom"])
-        height, width = pixels.shape[:2]
-        target_hw = (
-            min(height, math.ceil(height * size * zoom / box_hw[0])),
-            min(width, math.ceil(width * size * zoom / box_hw[1])),
-        )
-        pixels = resize_fast(pixels, target_hw, self.preprocess.interpolation)
-        box = np.array([box_hw[1] * target_hw[1] / width, box_hw[0] * target_hw[0] / height])
-        image = np.array([target_hw[1], target_hw[0]])
-        centre = box / 2 + (image - box) * np.array([at[1], at[0]])
-        angle = math.radians(a.rotation * _signed(draws["rotation"]))
-        shear_x, shear_y = (
-            math.tan(math.radians(a.shear * _signed(draws[name])))
-            for name in ("shear_x", "shear_y")
-        )
-        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        turn = turn @ np.array([[1, shear_x], [0, 1]]) @ np.array([[1, 0], [shear_y, 1]]) / zoom
-        shift = a.translation * np.array([_signed(draws["right"]), _signed(draws["down"])])
+        corners = np.array(box).reshape(2, 2)  # (left, top) and (right, bottom)
+        before = np.array([pixels.shape[1], pixels.shape[0]])
+        after = np.minimum(before, np.ceil(before * size * zoom / (corners[1] - corners[0])))
+        shrunk = (int(after[1]), int(after[0]))
+        if shrunk != pixels.shape[:2]:
+            pixels = resize_fast(pixels, shrunk, self.preprocess.interpolation)
+        corners = corners * (after / before)
         # an output pixel's place in [-1/2, 1/2] -> its place in the box -> its place in the image
-        linear = np.diag(box) @ turn / size
-        offset = centre - np.diag(box) @ shift - linear @ np.full(2, (size - 1) / 2) - 0.5
+        linear = np.diag(corners[1] - corners[0]) @ self._turn(draws) / zoom
+        shift = a.translation * np.array([_signed(draws["right"]), _signed(draws["down"])])
+        offset = corners.mean(axis=0) - linear @ (shift + (size - 1) / 2 / size) - 0.5
         return np.asarray(
             cv2.warpAffine(
                 pixels,
-                np.column_stack([linear, offset]),
+                np.column_stack([linear / size, offset]),
                 (size, size),
                 flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                 borderMode=cv2.BORDER_REFLECT_101,
             )
         )
+
+    def _turn(self, draws: Draws) -> NDArray[np.float64]:
+        """Rotation and shear of the unit square, (2, 2)."""
+        angle = math.radians(self.augment.rotation * _signed(draws["rotation"]))
+        shear_x, shear_y = (
+            math.tan(math.radians(self.augment.shear * _signed(draws[name])))
+            for name in ("shear_x", "shear_y")
+        )
+        rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        sheared: NDArray[np.float64] = np.array([[1, shear_x], [0, 1]]) @ [[1, 0], [shear_y, 1]]
+        return np.asarray(rotation @ sheared)
 
     def _flipped(self, pixels: Pixels, draws: Draws) -> Pixels:
         if draws["horizontal_flip"] < self.augment.horizontal_flip:
@@ -173,17 +171,25 @@ class EvalTransform:
         Raises:
             BadImage: the bytes are not what was once stored.
         """
-        height, width = image_size(data)
         size = self.preprocess.image_size
-        # 224 / 0.875 must stay 256, whatever the fraction's last bit
-        short = math.floor(size / self.preprocess.crop_fraction + 1e-6)
-        scale = short / min(height, width)
-        target_hw = int(height * scale + 1e-6), int(width * scale + 1e-6)
-        pixels = decode_for(data, target_hw)
-        down, right = pixels.shape[0] / target_hw[0], pixels.shape[1] / target_hw[1]
-        top, left = (round((side - size) / 2) for side in target_hw)
-        box = left * right, top * down, (left + size) * right, (top + size) * down
+        frame = left, top, right, bottom = central_frame(image_size(data), self.preprocess)
+        pixels = decode_for(data, _least_hw(frame, size))
+        height, width = pixels.shape[:2]
+        box = left * width, top * height, right * width, bottom * height
         out_HWC[...] = resize_exact(pixels, (size, size), self.preprocess.interpolation, box)
+
+
+def central_frame(full_hw: tuple[int, int], preprocess: Preprocess) -> Frame:
+    """What is left of an image after torchvision's and timm's Resize and CenterCrop.
+
+    Both round to whole pixels on the way, and so does this.
+    """
+    size = preprocess.image_size
+    # 224 / 0.875 must stay 256, whatever the fraction's last bit
+    short = math.floor(size / preprocess.crop_fraction + 1e-6)
+    height, width = (int(short * side / min(full_hw) + 1e-6) for side in full_hw)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return left / width, top / height, (left + size) / width, (top + size) / height
 
 
 def fitting_box(
@@ -203,19 +209,17 @@ def fitting_box(
     return min(height, math.sqrt(area / ratio)), min(width, math.sqrt(area * ratio))
 
 
-def _cropped(
-    pixels: Pixels,
-    box_hw: tuple[float, float],
-    at: tuple[float, float],
-    size: int,
-    interpolation: str,
-) -> Pixels:
-    height, width = (
-        min(full, max(1, round(box))) for full, box in zip(pixels.shape, box_hw, strict=False)
-    )
-    top, left = round(at[0] * (pixels.shape[0] - height)), round(at[1] * (pixels.shape[1] - width))
-    crop = pixels[top : top + height, left : left + width]
-    return resize_fast(crop, (size, size), interpolation)
+def _least_hw(frame: Frame, size: int) -> tuple[int, int]:
+    """How large the whole image must be decoded for the frame to have `size` pixels each way."""
+    left, top, right, bottom = frame
+    return math.ceil(size / (bottom - top) - 1e-6), math.ceil(size / (right - left) - 1e-6)
+
+
+def _rounded(start: float, stop: float, length: int) -> slice:
+    """The whole pixels that are nearest; at least one. The length is rounded, not both ends."""
+    count = min(length, max(1, round(stop - start)))
+    first = min(length - count, round(start))
+    return slice(first, first + count)
 
 
 def _signed(uniform: float) -> float:

@@ -79,7 +79,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 def _shard(found: Any) -> Shard:
     path = _typed(found["path"], str)
-    if not path or PurePath(path).name != path:
+    if path in ("", "..") or PurePath(path).name != path:
         raise ValueError(f"shard path {path!r} is not a plain file name")
     num_rows, num_bytes = (_typed(found[key], int) for key in ("num_rows", "num_bytes"))
     return Shard(path, num_rows, num_bytes, _typed(found["sha256"], str))

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from tlrunner.data.manifest import MANIFEST_NAME, VERSION, read_manifest
 from tlrunner.data.sources import local_directory, open_source, unlabelled
-from tlrunner.data.write import BAD_NAME, Progress, write_shards
-from tlrunner.errors import DataError
+from tlrunner.data.write import BAD_NAME, Progress, too_many_bad, write_shards
 from tlrunner.files import cannot_write, sha256_json
 
 
@@ -72,9 +71,5 @@ def _check_bad_fraction(target: Path, max_bad_fraction: float) -> None:
     manifest = read_manifest(target)
     total = manifest.num_images + manifest.num_bad
     if manifest.num_bad > int(max_bad_fraction * total):
-        raise DataError(
-            f"{manifest.num_bad} of {total} images cannot be used; all are listed in "
-            f"{target / BAD_NAME}",
-            f"at most data.max_bad_fraction={max_bad_fraction} of them",
-            "repair or remove them, or raise data.max_bad_fraction",
-        )
+        which = f"{manifest.num_bad} of {total} images cannot be used"
+        raise too_many_bad(which, target / BAD_NAME, max_bad_fraction)

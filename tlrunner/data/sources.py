@@ -32,6 +32,7 @@ class Source:
         keys: what identifies each sample, e.g. its path inside the directory.
         labels: the class number of each, -1 without labels.
         fingerprint: hash that changes when the samples do, found without reading them.
+        num_bytes: of all image files together; 0 where nothing is stored yet.
         read: sample number -> bytes of its image file; may raise OSError.
     """
 
@@ -40,6 +41,7 @@ class Source:
     keys: Sequence[str]
     labels: Sequence[int]
     fingerprint: str
+    num_bytes: int
     read: Callable[[int], bytes]
 
     def __len__(self) -> int:
@@ -102,6 +104,7 @@ def _open_sample(uri: str, name: str) -> Source:
         keys=[f"{sample.CLASS_NAMES[label]}/{i:04d}.jpg" for label, i in pairs],
         labels=[label for label, _ in pairs],
         fingerprint=sha256_json([uri, sample.VERSION]),
+        num_bytes=0,
         read=lambda i: sample.draw_jpeg(*pairs[i]),
     )
 
@@ -116,6 +119,7 @@ def _open_shards(uri: str, root: Path, labelled: bool) -> Source:
         keys=dataset.keys,
         labels=dataset.labels_N.tolist(),
         fingerprint=dataset.manifest.sha256,
+        num_bytes=sum(shard.num_bytes for shard in dataset.manifest.shards),
         read=lambda i: bytes(dataset.image_bytes(i)),
     )
 
@@ -128,18 +132,19 @@ def unlabelled(uri: str) -> DataError:
 def _open_folders(uri: str, root: Path, folders: list[Path], labelled: bool) -> Source:
     loose = sorted(p for p in root.iterdir() if _is_image(p.name) and p.is_file())
     files = [sorted(_images_below(folder)) for folder in folders]
+    everything = [*loose, *(path for of_class in files for path in of_class)]
+    if not everything:
+        wanted = f"images ({' '.join(EXTENSIONS)}) in one folder a class"
+        raise DataError(f"{uri} holds no images", wanted, "check the path")
+    is_image_folder = not loose and len(files) > 1 and all(files)
+    if not labelled and not is_image_folder:
+        return _listed(uri, root, (), everything, [-1] * len(everything))
     if not any(files):
-        if not loose:
-            wanted = f"images ({' '.join(EXTENSIONS)}) in one folder a class"
-            raise DataError(f"{uri} holds no images", wanted, "check the path")
-        if not labelled:
-            return _listed(uri, root, (), loose, [-1] * len(loose))
         raise unlabelled(uri)
-    if labelled or not loose:
-        _check_classes(uri, folders, files, loose)
+    _check_classes(uri, folders, files, loose)
     names = tuple(folder.name for folder in folders)
     labels = [label for label, of_class in enumerate(files) for _ in of_class]
-    return _listed(uri, root, names, [path for of_class in files for path in of_class], labels)
+    return _listed(uri, root, names, everything, labels)
 
 
 def _check_classes(
@@ -181,6 +186,7 @@ def _listed(
         keys=keys,
         labels=labels,
         fingerprint=sha256_json([names, facts]),
+        num_bytes=sum(stat.st_size for stat in stats),
         read=lambda i: paths[i].read_bytes(),
     )
 

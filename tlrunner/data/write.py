@@ -105,7 +105,7 @@ def _write_all(
             if progress:
                 progress(done, len(order))
     if len(bad) > allowed or len(bad) == len(order):
-        raise _too_many_bad(bad, done, len(order), max_bad_fraction, directory)
+        raise _stopped(bad, done, len(order), max_bad_fraction, directory)
     if bad:
         _write_bad(temporary / BAD_NAME, bad)
     manifest = Manifest(
@@ -218,16 +218,20 @@ def _write_bad(path: Path, bad: list[dict[str, str]]) -> None:
     write_with(path, lambda temporary: pq.write_table(table, temporary))
 
 
-def _too_many_bad(
+def _stopped(
     bad: list[dict[str, str]], seen: int, total: int, max_bad_fraction: float, directory: Path
 ) -> DataError:
     listing = directory.with_name(f"{directory.name}.{BAD_NAME}")
     _write_bad(listing, bad)
     of = f"{total}" if seen == total else f"the first {seen} of {total}"
     first = ", ".join(f"{row['key']} ({row['reason'].split(':')[0]})" for row in bad[:3])
+    which = f"{len(bad)} of {of} images cannot be used: {first}{', ...' * (len(bad) > 3)}"
+    return too_many_bad(which, listing, max_bad_fraction)
+
+
+def too_many_bad(which: str, listing: Path, max_bad_fraction: float) -> DataError:
     return DataError(
-        f"{len(bad)} of {of} images cannot be used: {first}{', ...' * (len(bad) > 3)}; "
-        f"all are listed in {listing}",
+        f"{which}; all are listed in {listing}",
         f"at most data.max_bad_fraction={max_bad_fraction} of them",
         "repair or remove them, or raise data.max_bad_fraction",
     )

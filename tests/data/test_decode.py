@@ -1,0 +1,124 @@
+import io
+
+import numpy as np
+import pytest
+from pictures import encoded, picture
+from PIL import Image
+
+from tlrunner.data.decode import BadImage, decode, decode_for, image_size, normalise
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    return decode(normalise(data).data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("progressive", [True, False])
+def test_a_plain_jpeg_is_kept_byte_for_byte(mode: str, progressive: bool) -> None:
+    data = encoded(picture().convert(mode), progressive=progressive)
+    stored = normalise(data)
+    assert stored.data == data
+    assert (stored.width, stored.height) == (48, 40)
+    assert decode(stored.data).shape == (40, 48, 3)
+
+
+def test_a_plain_png_is_kept_and_decoded_in_rgb_order() -> None:
+    data = encoded(picture(), "PNG")
+    assert normalise(data).data == data
+    assert (pixels_of(data) == np.asarray(picture())).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_keep_every_pixel(kind: str) -> None:
+    assert (pixels_of(encoded(picture(), kind)) == np.asarray(picture())).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(), kind, exif=exif)
+    from PIL import ImageOps
+
+    with Image.open(io.BytesIO(data)) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+    stored = normalise(data)
+    assert upright.shape[:2] == (stored.height, stored.width) == image_size(stored.data)
+    assert np.abs(decode(stored.data) - upright).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    levels = np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)
+    found = pixels_of(encoded(Image.fromarray(levels), kind))[:, :, 0]
+    assert np.abs(found.astype(int) - levels / 257).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_pixels_turn_white(mode: str) -> None:
+    image = Image.new(mode, (16, 16), (0,) * len(mode))
+    assert (pixels_of(encoded(image, "PNG")) == 255).all()
+
+
+def test_a_palette_with_a_transparent_colour_is_flattened() -> None:
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    assert (pixels_of(encoded(image, "PNG", transparency=0)) == (255, 0, 0)).all()
+    assert (pixels_of(encoded(image, "PNG", transparency=1)) == 255).all()
+
+
+def test_cmyk_is_converted_as_pillow_does() -> None:
+    data = encoded(picture().convert("CMYK"))
+    with Image.open(io.BytesIO(data)) as image:
+        assert (pixels_of(data) == np.asarray(image.convert("RGB"))).all()
+
+
+def test_the_first_frame_of_an_animation_is_taken() -> None:
+    data = encoded(picture(0), "WEBP", save_all=True, append_images=[picture(1)], lossless=True)
+    assert (pixels_of(data) == np.asarray(picture(0))).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "BMP"])
+def test_a_file_cut_short_is_refused(kind: str) -> None:
+    data = encoded(picture(width=200, height=200), kind)
+    with pytest.raises(BadImage) as caught:
+        normalise(data[: len(data) * 2 // 3])
+    assert caught.value.reason in ("truncated", "unreadable")
+
+
+def test_reasons_are_short_and_stable() -> None:
+    reasons = {
+        b"": "empty",
+        b"GIF89a, not an image": "unreadable",
+        b"%!PS-Adobe-3.0 EPSF-3.0": "unreadable",
+        encoded(picture(width=7, height=40), "PNG"): "too_small",
+        encoded(picture(width=510, height=10), "PNG"): "aspect",
+        encoded(picture(width=200, height=200))[:1000]: "truncated",
+    }
+    for data, reason in reasons.items():
+        with pytest.raises(BadImage) as caught:
+            normalise(data)
+        assert caught.value.reason == reason
+
+
+def test_size_is_checked_before_pixels_are_decoded() -> None:
+    header_only = encoded(picture(width=100, height=100), "PNG")[:60]
+    with pytest.raises(BadImage, match="too_large: 100x100"):
+        normalise(header_only, max_pixels=9_999)
+
+
+def test_a_photo_is_decoded_small_when_that_is_enough() -> None:
+    data = encoded(picture(width=400, height=320), quality=95)
+    assert decode_for(data, (160, 200)).shape == (160, 200, 3)
+    assert decode_for(data, (161, 200)).shape == (320, 400, 3)
+    assert decode_for(data, (40, 40)).shape[0] < 80
+    small = np.asarray(Image.fromarray(decode(data)).resize((200, 160), Image.Resampling.BOX))
+    assert np.abs(decode_for(data, (160, 200)).astype(int) - small).mean() < 1
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 100, encoded(picture())[:300], b"\x89PNG\r\n\x1a\n"])
+def test_bytes_that_are_no_longer_an_image_are_refused(data: bytes) -> None:
+    with pytest.raises(BadImage):
+        image_size(data)
+        decode(data)

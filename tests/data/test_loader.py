@@ -1,0 +1,157 @@
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tlrunner.config import AugmentConfig, Preprocess
+from tlrunner.data.augment import EvalTransform, TrainTransform
+from tlrunner.data.dataset import Dataset, open_dataset
+from tlrunner.data.loader import Batch, eval_batches, num_batches, train_batches
+from tlrunner.data.order import split_rows
+from tlrunner.data.prepare import prepare
+from tlrunner.data.sources import open_source
+from tlrunner.data.world import World
+from tlrunner.data.write import write_shards
+from tlrunner.errors import DataError
+
+MIXED = AugmentConfig(mixup=0.4, cutmix=1.0, rotation=10, random_erasing=0.3)
+
+
+def loaded(
+    dataset: Dataset, preprocess: Preprocess, augment: AugmentConfig = MIXED, **changed: Any
+) -> list[Batch]:
+    settings = {"seed": 0, "epoch": 0, "batch_size": 10, "world": World(), "num_threads": 2}
+    transform = TrainTransform(augment, preprocess, 0)
+    rows = changed.pop("rows", np.arange(len(dataset)))
+    return list(train_batches(dataset, rows, transform, **settings | changed))
+
+
+def joined(batches: list[Batch]) -> list[torch.Tensor]:
+    parts = ("images_BHWC", "labels_B", "partner_labels_B", "label_weight_B")
+    return [torch.cat([getattr(batch, part) for batch in batches]) for part in parts]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(joined(first), joined(second), strict=True))
+
+
+def test_a_batch_is_what_it_says(small_dataset: Dataset, preprocess: Preprocess) -> None:
+    batches = loaded(small_dataset, preprocess)
+    assert len(batches) == num_batches(45, 10) == 5
+    assert [batch.num_global for batch in batches] == [9] * 5
+    for batch in batches:
+        assert batch.images_BHWC.shape == (9, 32, 32, 3)
+        assert batch.images_BHWC.dtype == torch.uint8
+        assert batch.labels_B.dtype == batch.partner_labels_B.dtype == torch.int64
+        assert batch.label_weight_B.dtype == torch.float32
+        assert batch.partner_labels_B[[1, 0]].tolist() == batch.labels_B[[0, 1]].tolist()
+
+
+def test_pixels_do_not_depend_on_the_number_of_threads(
+    small_dataset: Dataset, preprocess: Preprocess
+) -> None:
+    one, many = (loaded(small_dataset, preprocess, num_threads=n) for n in (1, 5))
+    assert same(one, many)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_ranks_together_load_the_batches_of_one(
+    small_dataset: Dataset, preprocess: Preprocess, size: int
+) -> None:
+    whole = loaded(small_dataset, preprocess)
+    ranks = [loaded(small_dataset, preprocess, world=World(r, size)) for r in range(size)]
+    for i, batch in enumerate(whole):
+        assert same([batch], [rank[i] for rank in ranks])
+        assert {rank[i].num_global for rank in ranks} == {batch.num_global}
+
+
+def test_an_epoch_continues_where_it_stopped(
+    small_dataset: Dataset, preprocess: Preprocess
+) -> None:
+    whole = loaded(small_dataset, preprocess, epoch=2)
+    assert same(whole[3:], loaded(small_dataset, preprocess, epoch=2, first_batch=3))
+    assert loaded(small_dataset, preprocess, first_batch=5) == []
+
+
+def test_epochs_differ_and_each_loads_every_row_once(
+    small_dataset: Dataset, preprocess: Preprocess
+) -> None:
+    plain = AugmentConfig(crop_scale=None, horizontal_flip=0)
+    first, second = (loaded(small_dataset, preprocess, plain, epoch=e) for e in (0, 1))
+    images = [sorted(im.numpy().tobytes() for im in joined(b)[0]) for b in (first, second)]
+    assert images[0] == images[1]
+    assert len(set(images[0])) == 45
+    assert not same(first, second)
+
+
+def test_layout_of_the_shards_does_not_matter(
+    tmp_path: Path, folder: Path, preprocess: Any
+) -> None:
+    batches = []
+    for seed in (0, 1):
+        write_shards(open_source(str(folder)), tmp_path / str(seed), seed=seed)
+        dataset = open_dataset(tmp_path / str(seed))
+        rows = split_rows(dataset.ids_N, dataset.labels_N, 0.25, 0).train
+        batches.append(loaded(dataset, preprocess, rows=rows))
+    assert same(*batches)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluation_keeps_the_order_of_rows(
+    small_dataset: Dataset, preprocess: Preprocess, size: int
+) -> None:
+    rows = np.arange(44, 3, -1)
+    transform = EvalTransform(preprocess)
+    settings: dict[str, Any] = {"batch_size": 7, "num_threads": 2}
+    ranks = [
+        list(eval_batches(small_dataset, rows, transform, world=World(r, size), **settings))
+        for r in range(size)
+    ]
+    batches = [rank[i] for i in range(len(ranks[0])) for rank in ranks]
+    images, labels, partners, weights = joined(batches)
+    assert labels.tolist() == partners.tolist() == small_dataset.labels_N[rows].tolist()
+    assert (weights == 1).all()
+    expected = np.zeros((32, 32, 3), np.uint8)
+    transform.render(small_dataset.image_bytes(int(rows[12])), expected)
+    assert (images[12].numpy() == expected).all()
+
+
+def test_no_rows_make_no_batches(small_dataset: Dataset, preprocess: Preprocess) -> None:
+    assert loaded(small_dataset, preprocess, rows=np.empty(0, np.int64)) == []
+
+
+def data_threads() -> int:
+    return sum(thread.name.startswith("tlrunner-data") for thread in threading.enumerate())
+
+
+def test_closing_early_ends_the_threads(small_dataset: Dataset, preprocess: Preprocess) -> None:
+    batches = train_batches(
+        small_dataset,
+        np.arange(45),
+        TrainTransform(MIXED, preprocess, 0),
+        seed=0,
+        epoch=0,
+        batch_size=4,
+        world=World(),
+        num_threads=3,
+    )
+    next(batches)
+    assert data_threads() > 0
+    batches.close()
+    assert data_threads() == 0
+
+
+def test_a_damaged_image_is_named_where_batches_are_consumed(
+    tmp_path: Path, folder: Path, preprocess: Preprocess
+) -> None:
+    shards = prepare(str(folder), tmp_path / "cache")
+    dataset = open_dataset(shards)
+    image = bytes(dataset.image_bytes(5))
+    path = shards / "shard-00000.parquet"
+    path.write_bytes(path.read_bytes().replace(image, b"x" * len(image)))
+    with pytest.raises(DataError, match=f"image {dataset.keys[5]} .*cannot be decoded any more"):
+        loaded(open_dataset(shards), preprocess)
+    assert data_threads() == 0

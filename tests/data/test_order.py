@@ -1,0 +1,158 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlrunner.data.order import (
+    cut_batches,
+    epoch_order,
+    proportional,
+    rank_slice,
+    sample_id,
+    sample_ids,
+    split_rows,
+    uniforms,
+)
+from tlrunner.data.world import World
+from tlrunner.errors import ConfigError, DataError
+
+counts = st.integers(1, 300)
+sizes = st.integers(1, 64)
+worlds = st.sampled_from([1, 2, 3, 8])
+
+
+def ids_of(count: int) -> np.ndarray:
+    return sample_ids(f"class/{i}.jpg" for i in range(count))
+
+
+def test_a_sample_id_is_the_start_of_the_keys_sha256() -> None:
+    assert sample_id("abc") == 0xEACF018FBF1678BA  # ba7816bf 8f01cfea, as SHA-256 of "abc" begins
+
+
+def test_hashes_are_those_of_the_first_release() -> None:
+    drawn = uniforms(ids_of(1), seed=3, view=5, stream=1, count=2)[0]
+    assert epoch_order(ids_of(8), seed=0, epoch=0).tolist() == [0, 3, 1, 7, 4, 5, 2, 6]
+    assert drawn.tolist() == [0.4635611206315149, 0.022614787497565847]
+
+
+@given(counts, sizes, worlds)
+def test_over_all_ranks_each_sample_comes_exactly_once(n: int, batch: int, size: int) -> None:
+    worlds = [World(rank, size) for rank in range(size)]
+    cuts = [rank_slice(cut, world) for cut in cut_batches(n, batch) for world in worlds]
+    assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(n))
+
+
+@given(counts, sizes, worlds)
+def test_ranks_never_tear_a_pair(n: int, batch: int, size: int) -> None:
+    for cut in cut_batches(n, batch):
+        for rank in range(size):
+            assert (rank_slice(cut, World(rank, size)).start - cut.start) % 2 == 0 or (
+                rank_slice(cut, World(rank, size)).start == cut.stop
+            )
+
+
+@given(counts, sizes)
+def test_batches_differ_by_at_most_one_and_never_exceed_the_batch_size(n: int, batch: int) -> None:
+    lengths = [cut.stop - cut.start for cut in cut_batches(n, batch)]
+    assert max(lengths) - min(lengths) <= 1
+    assert max(lengths) <= batch
+    assert len(lengths) == -(-n // batch)
+
+
+@given(counts, st.integers(0, 2**31 - 1), st.integers(0, 1000))
+def test_an_epochs_order_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    assert sorted(epoch_order(ids_of(n), seed, epoch)) == list(range(n))
+
+
+def test_order_changes_with_seed_and_with_epoch() -> None:
+    orders = {tuple(epoch_order(ids_of(50), s, e)) for s in range(5) for e in range(5)}
+    assert len(orders) == 25
+
+
+def test_order_follows_samples_however_rows_are_laid_out() -> None:
+    ids = ids_of(40)
+    shuffled = ids[::-1].copy()
+    first, second = ids[epoch_order(ids, 1, 2)], shuffled[epoch_order(shuffled, 1, 2)]
+    assert (first == second).all()
+
+
+def test_uniforms_fill_the_unit_interval_evenly() -> None:
+    drawn = uniforms(ids_of(2000), seed=0, view=0, stream=0, count=10)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert np.abs(np.histogram(drawn, 10, (0, 1))[0] / 2000 - 1).max() < 0.1
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(10)).max() < 0.1
+
+
+def test_uniforms_differ_by_sample_seed_view_stream_and_place() -> None:
+    ids = ids_of(3)
+    drawn = [
+        uniforms(ids, seed, view, stream, 4)
+        for seed in range(3)
+        for view in range(3)
+        for stream in range(3)
+    ]
+    assert len(np.unique(drawn)) == 3**3 * 3 * 4
+
+
+@given(
+    st.lists(st.integers(4, 60), min_size=1, max_size=6),
+    st.floats(0.01, 0.4),
+    st.floats(0, 0.3),
+)
+def test_splits_are_disjoint_complete_and_stratified(
+    sizes: list[int], val_fraction: float, test_fraction: float
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    ids = ids_of(len(labels))
+    splits = split_rows(ids, labels, val_fraction, test_fraction)
+    everything = np.concatenate([splits.train, splits.val, splits.test])
+    assert sorted(everything) == list(range(len(labels)))
+    for label, size in enumerate(sizes):
+        assert (labels[splits.val] == label).sum() == max(1, int(size * val_fraction + 0.5))
+        assert (labels[splits.train] == label).sum() >= 1
+
+
+def test_the_split_of_a_sample_does_not_depend_on_its_row() -> None:
+    ids, labels = ids_of(60), np.arange(60) % 3
+    there, back = split_rows(ids, labels, 0.2, 0.2), split_rows(ids[::-1], labels[::-1], 0.2, 0.2)
+    for name in ("train", "val", "test"):
+        assert ids[getattr(there, name)].tolist() == ids[::-1][getattr(back, name)].tolist()
+
+
+@given(st.integers(4, 90), st.integers(4, 90))
+def test_a_limited_split_is_a_part_of_any_less_limited_one(first: int, second: int) -> None:
+    ids, labels = ids_of(90), np.repeat([0, 1], [30, 60])
+    less, more = sorted((first, second))
+    small = split_rows(ids, labels, 0.2, 0, less)
+    large = split_rows(ids, labels, 0.2, 0, more)
+    full = split_rows(ids, labels, 0.2, 0)
+    assert len(small.train) + len(small.val) == less
+    assert set(small.val) <= set(full.val)
+    assert set(small.train) <= set(full.train)
+    assert set(large.val) <= set(full.val)
+
+
+def test_a_class_that_is_too_small_is_named() -> None:
+    labels = np.array([0] * 10 + [1])
+    with pytest.raises(DataError, match=r"class 'bee' has 1 usable image;.*train and val"):
+        split_rows(ids_of(11), labels, 0.2, 0, class_names=("ant", "bee"))
+
+
+def test_a_class_without_any_image_is_named() -> None:
+    with pytest.raises(DataError, match="class 'bee' has 0 usable images"):
+        split_rows(ids_of(5), np.zeros(5, np.int64), 0.2, 0, class_names=("ant", "bee"))
+
+
+def test_a_limit_that_cannot_cover_all_classes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.limit is 3; valid: at least 4"):
+        split_rows(ids_of(20), np.arange(20) % 2, 0.2, 0, limit=3)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 200))
+def test_shares_add_up_and_fit(sizes: list[int], total: int) -> None:
+    total = max(total, sum(size > 0 for size in sizes))
+    shares = proportional(sizes, total)
+    assert sum(shares) == min(total, sum(sizes))
+    assert all(share <= size for share, size in zip(shares, sizes, strict=True))
+    assert all(share > 0 for share, size in zip(shares, sizes, strict=True) if size)

@@ -1,0 +1,96 @@
+import os
+from pathlib import Path
+
+import pytest
+from pictures import encoded, image_folder, picture
+
+from tlrunner.data.sources import open_source
+from tlrunner.errors import DataError
+
+
+def test_an_image_folder_is_listed_by_class_name(folder: Path) -> None:
+    (folder / "ant" / "deep" / "er").mkdir(parents=True)
+    (folder / "ant" / "deep" / "er" / "X.PNG").write_bytes(encoded(picture(), "PNG"))
+    for ignored in ("notes.txt", ".hidden.jpg"):
+        (folder / "bee" / ignored).write_bytes(b"no image")
+    (folder / ".git").mkdir()
+    source = open_source(str(folder))
+    assert source.class_names == ("ant", "bee")
+    assert len(source) == 25
+    assert {key.split("/")[0]: label for key, label, _ in source} == {"ant": 0, "bee": 1}
+    assert "ant/deep/er/X.PNG" in source.keys
+    assert all(data == (folder / key).read_bytes() for key, _, data in source)
+
+
+def test_the_fingerprint_changes_when_a_file_does(folder: Path) -> None:
+    before = open_source(str(folder)).fingerprint
+    assert open_source(f"file://{folder}").fingerprint == before
+    os.utime(folder / "ant" / "0.jpg", ns=(1, 1))
+    touched = open_source(str(folder)).fingerprint
+    (folder / "ant" / "0.jpg").rename(folder / "ant" / "00.jpg")
+    assert len({before, touched, open_source(str(folder)).fingerprint}) == 3
+
+
+def test_a_name_that_is_not_utf8_still_has_a_key(folder: Path) -> None:
+    name = os.fsencode(folder / "ant") + b"/\xff.jpg"
+    Path(os.fsdecode(name)).write_bytes(encoded(picture()))
+    assert "ant/\\xff.jpg" in open_source(str(folder)).keys
+
+
+def test_unlabelled_images_are_taken_only_where_they_are_of_use(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jpg", "a.jpg", "sub/c.jpg"):
+        (tmp_path / name).write_bytes(encoded(picture()))
+    source = open_source(str(tmp_path), labelled=False)
+    assert source.class_names == ()
+    assert source.keys == ["a.jpg", "b.jpg", "sub/c.jpg"]
+    assert source.labels == [-1, -1, -1]
+    (tmp_path / "sub" / "c.jpg").unlink()
+    with pytest.raises(DataError, match="no labels"):
+        open_source(str(tmp_path))
+
+
+def test_the_sample_is_five_classes_of_flowers() -> None:
+    source = open_source("sample:flowers")
+    assert source.class_names == ("daisy", "dandelion", "rose", "sunflower", "tulip")
+    assert len(set(source.keys)) == len(source) == 600
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("sample:flower", "did you mean sample:flowers"),
+        ("s3://bucket/images", "S3 cannot be read yet"),
+        ("gopher://x", "unknown scheme"),
+        ("/no/such/place", "does not exist"),
+    ],
+)
+def test_a_uri_that_leads_nowhere_is_explained(uri: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        open_source(uri)
+
+
+def test_a_misspelt_path_is_corrected(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"did you mean .*images"):
+        open_source(str(folder.with_name("imagse")))
+
+
+def test_folders_that_are_no_image_folder_are_explained(tmp_path: Path) -> None:
+    def refused(name: str) -> str:
+        with pytest.raises(DataError) as caught:
+            open_source(str(tmp_path / name))
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "holds no images; valid: images (.jpg .jpeg" in refused("empty")
+    image_folder(tmp_path / "one", ("ant",))
+    assert "one class: ant" in refused("one")
+    image_folder(tmp_path / "split", ("train", "val"))
+    assert "splits (train, val), not classes" in refused("split")
+    image_folder(tmp_path / "hollow")
+    (tmp_path / "hollow" / "cat").mkdir()
+    assert "without images: cat" in refused("hollow")
+    image_folder(tmp_path / "loose")
+    (tmp_path / "loose" / "x.jpg").write_bytes(encoded(picture()))
+    assert "outside any class folder, e.g. x.jpg" in refused("loose")
+    assert "is a file" in refused("loose/x.jpg")

@@ -1,0 +1,157 @@
+import errno
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pictures import encoded, image_folder, picture
+
+from tlrunner.data import write
+from tlrunner.data.dataset import open_dataset, verify_shards
+from tlrunner.data.decode import decode
+from tlrunner.data.index import build_index, index_path
+from tlrunner.data.sources import open_source
+from tlrunner.data.write import write_shards
+from tlrunner.errors import ConfigError, DataError, StorageError
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.name != "images")
+
+
+def test_every_image_comes_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    manifest = write_shards(open_source(str(folder)), tmp_path / "shards")
+    dataset = open_dataset(tmp_path / "shards")
+    assert len(dataset) == manifest.num_images == 24
+    assert manifest.label_counts == (12, 12)
+    for row, key in enumerate(dataset.keys):
+        assert dataset.image_bytes(row) == (folder / key).read_bytes()
+        assert dataset.class_names[dataset.labels_N[row]] == key.split("/")[0]
+
+
+def test_many_row_groups_and_shards_are_indexed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "ROW_GROUP_BYTES", 3000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 8000)
+    manifest = write_shards(open_source(str(folder)), tmp_path / "shards")
+    assert len(manifest.shards) > 1
+    assert pq.ParquetFile(tmp_path / "shards" / manifest.shards[0].path).num_row_groups > 1
+    dataset = open_dataset(tmp_path / "shards")
+    assert all(
+        dataset.image_bytes(row) == (folder / key).read_bytes()
+        for row, key in enumerate(dataset.keys)
+    )
+
+
+def test_shards_are_plain_parquet_with_the_documented_schema(folder: Path, tmp_path: Path) -> None:
+    manifest = write_shards(open_source(str(folder)), tmp_path / "shards")
+    table = pq.read_table(tmp_path / "shards" / manifest.shards[0].path)
+    assert table.schema.equals(write.SCHEMA)
+    assert table["width"].to_pylist() == [48] * 24
+    assert decode(table["image"][3].as_py()).shape == (40, 48, 3)
+
+
+def test_rows_are_shuffled_the_same_way_every_time(folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(folder))
+    hashes = {
+        name: write_shards(source, tmp_path / name, seed=seed).sha256
+        for name, seed in (("first", 0), ("second", 0), ("other", 1))
+    }
+    assert hashes["first"] == hashes["second"] != hashes["other"]
+    labels = open_dataset(tmp_path / "first").labels_N
+    assert 0 < np.count_nonzero(np.diff(labels)) != 1  # not one class after the other
+
+
+def test_a_limit_is_stratified(tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", ("ant", "bee", "cat"), each=10)
+    source = open_source(str(tmp_path / "images"))
+    assert write_shards(source, tmp_path / "shards", limit=7).label_counts == (3, 2, 2)
+    with pytest.raises(ConfigError, match=r"data.limit is 2"):
+        write_shards(source, tmp_path / "none", limit=2)
+
+
+def test_bad_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
+    (folder / "ant" / "bad.jpg").write_bytes(b"no image")
+    manifest = write_shards(open_source(str(folder)), tmp_path / "shards", max_bad_fraction=0.05)
+    assert (manifest.num_images, manifest.num_bad) == (24, 1)
+    listed = pq.read_table(tmp_path / "shards" / "bad_images.parquet").to_pylist()
+    assert [row["key"] for row in listed] == ["ant/bad.jpg"]
+    assert listed[0]["reason"].startswith("unreadable")
+
+
+def test_too_many_bad_images_stop_the_job_and_are_listed(folder: Path, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (folder / "bee" / f"{name}.jpg").write_bytes(encoded(picture())[:500])
+    with pytest.raises(DataError, match=r"2 of 26 images cannot be used: bee/.\.jpg \(truncated\)"):
+        write_shards(open_source(str(folder)), tmp_path / "shards", max_bad_fraction=0.05)
+    assert leftovers(tmp_path) == ["shards.bad_images.parquet"]
+    assert pq.read_table(tmp_path / "shards.bad_images.parquet").num_rows == 2
+
+
+def test_an_image_that_vanishes_while_writing_is_bad(folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(folder))
+    (folder / "ant" / "3.jpg").unlink()
+    assert write_shards(source, tmp_path / "shards", max_bad_fraction=0.1).num_bad == 1
+
+
+def test_a_directory_that_holds_something_is_not_touched(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="holds something already"):
+        write_shards(open_source(str(folder)), folder)
+    assert len(list(folder.rglob("*.jpg"))) == 24
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk full")])
+def test_a_fault_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    def failing(*args: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(write, "build_index", failing)
+    expected = StorageError if isinstance(fault, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write_shards(open_source(str(folder)), tmp_path / "shards")
+    assert leftovers(tmp_path) == []
+
+
+def test_an_index_that_is_missing_is_built_again(folder: Path, tmp_path: Path) -> None:
+    write_shards(open_source(str(folder)), tmp_path / "shards")
+    before = bytes(open_dataset(tmp_path / "shards").image_bytes(7))
+    index_path(tmp_path / "shards" / "shard-00000.parquet").unlink()
+    assert bytes(open_dataset(tmp_path / "shards").image_bytes(7)) == before
+
+
+def test_damaged_shards_are_noticed(folder: Path, tmp_path: Path) -> None:
+    write_shards(open_source(str(folder)), tmp_path / "good")
+    shard, index = "shard-00000.parquet", "shard-00000.index.npy"
+
+    def damaged(name: str, damage: object) -> Path:
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", copy)
+        data = (copy / name).read_bytes()
+        (copy / name).write_bytes(damage(data))
+        return copy
+
+    with pytest.raises(DataError, match="bytes, not"):
+        open_dataset(damaged(shard, lambda data: data[:-10]))
+    for damage in (lambda data: data[:-8], lambda data: b"", lambda data: b"x" * len(data)):
+        with pytest.raises(DataError, match="not the index"):
+            open_dataset(damaged(index, damage))
+    flipped = damaged(shard, lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
+    with pytest.raises(DataError, match="not the file that was written"):
+        verify_shards(flipped)
+    verify_shards(tmp_path / "good")
+    (tmp_path / "good" / shard).unlink()
+    with pytest.raises(DataError, match="broken"):
+        open_dataset(tmp_path / "good")
+
+
+def test_a_compressed_file_cannot_be_indexed(folder: Path, tmp_path: Path) -> None:
+    write_shards(open_source(str(folder)), tmp_path / "shards")
+    table = pq.read_table(tmp_path / "shards" / "shard-00000.parquet")
+    pq.write_table(table, tmp_path / "packed.parquet", compression="gzip")
+    with pytest.raises(DataError, match="contiguously"):
+        build_index(tmp_path / "packed.parquet")
