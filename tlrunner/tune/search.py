@@ -6,6 +6,7 @@ its own directory afterwards, never from Ray's records: those can be empty after
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,14 @@ RAY_SETTINGS = {
 def connected_to_ray(log_level: str) -> Iterator[None]:
     """The cluster that RAY_ADDRESS or this machine has, or else a local one, inside this block."""
     os.environ.update(RAY_SETTINGS)
-    # Inside a submitted job the runtime environment (the code) comes from the submission.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         include_dashboard=False,
         log_to_driver=log_level == "debug",
         logging_level=log_level.upper() if log_level == "debug" else "ERROR",
-        ignore_reinit_error=False,
     )
+    # Ray's own SIGTERM handlers exit or abort at once; the one before ends the run in order.
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
