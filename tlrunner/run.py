@@ -21,7 +21,7 @@ from tlrunner.errors import InterruptedRun
 from tlrunner.files import read_json
 from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
-from tlrunner.report.rundir import RunDir, clear_unfinished, local_directory, open_run, write_run_json
+from tlrunner.report.rundir import RunDir, begin_run, find_run, local_directory
 from tlrunner.screen import preparing, show_summary
 from tlrunner.train.feed import open_data
 from tlrunner.train.trial import run_trial
@@ -44,20 +44,17 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
     if dry_run:
         show_plan(job, trials, source, out)
         return 0
-    run = open_run(job, job.output, job_name)
+    run = find_run(job, job.output, job_name)
     if run.is_finished:
         return _show_finished(run, out)
-    _log_to(run)
 
-    # -- Images ------------------------------------------------------------------------------------
-    shards = _prepared(job, run, out)
-
-    # -- Trials ------------------------------------------------------------------------------------
+    # -- Images, then trials -----------------------------------------------------------------------
     from tlrunner.tune.search import connected_to_ray, granted_resources, run_search
 
     interrupted = False
     with connected_to_ray(job.log.level):
         job = job.model_copy(update={"resources": granted_resources(job.resources)})
+        shards = _prepared(job, out)
         _begin(run, job, shards, out)
         try:
             run_search(job, trials, run.path, shards, out)
@@ -79,11 +76,10 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
     if dry_run:
         show_plan(job, [planned], source, out)
         return 0
-    run = open_run(job, job.output, job_name)
+    run = find_run(job, job.output, job_name)
     if run.is_finished:
         return _show_finished(run, out)
-    _log_to(run)
-    shards = _prepared(job, run, out)
+    shards = _prepared(job, out)
     _begin(run, job, shards, out)
 
     def show(report: EpochReport) -> None:
@@ -148,7 +144,7 @@ def absolute(uri: str) -> str:
     return uri if has_scheme else str(Path(uri).expanduser().resolve())
 
 
-def _prepared(job: TrainJob, run: RunDir, out: Console) -> Path:
+def _prepared(job: TrainJob, out: Console) -> Path:
     """The shards of the job's images, whose split is known to work."""
     with preparing(out) as progress:
         shards = prepare(
@@ -157,7 +153,6 @@ def _prepared(job: TrainJob, run: RunDir, out: Console) -> Path:
             max_bad_fraction=job.data.max_bad_fraction,
             progress=progress,
         )
-    copy_bad_images(shards, run)
     dataset, splits = open_data(job.data, shards)
     out.print(
         f"{len(splits.train)} images train, {len(splits.val)} validate, {len(splits.test)} test; "
@@ -169,8 +164,9 @@ def _prepared(job: TrainJob, run: RunDir, out: Console) -> Path:
 
 def _begin(run: RunDir, job: TrainJob, shards: Path, out: Console) -> None:
     manifest = open_dataset(shards).manifest
-    write_run_json(run, job, data={"manifest_sha256": manifest.sha256})
-    kept = clear_unfinished(run)
+    kept = begin_run(run, job, data={"manifest_sha256": manifest.sha256})
+    _log_to(run)
+    copy_bad_images(shards, run)
     out.print(
         f"run {run.path}" + (f": {kept} trials are done already" if kept else ""),
         highlight=False,

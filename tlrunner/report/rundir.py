@@ -5,6 +5,8 @@ directory never mixes the results of two searches.
 """
 
 import datetime
+import errno
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -46,14 +48,20 @@ class RunDir:
         return sorted(records, key=_rank)
 
 
-def open_run(job: BaseModel, output: OutputConfig, job_name: str) -> RunDir:
-    """Create the directory of a new run, or find that of the run to continue.
+def find_run(job: BaseModel, output: OutputConfig, job_name: str) -> RunDir:
+    """The directory of a new run, not made yet, or that of the run to continue.
 
     Raises:
         ConfigError: the name belongs to a run with another config.
-        StorageError: the directory cannot be written.
+        StorageError: nothing can be written there.
     """
     parent = local_directory(output)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise cannot_write(parent, err) from err
+    if not os.access(parent, os.W_OK):
+        raise cannot_write(parent, PermissionError(errno.EACCES, "Permission denied"))
     run = RunDir(parent / (output.name or _new_name(parent, job_name)), config_hash(job))
     begun = run.path / "run.json"
     if begun.exists():
@@ -65,11 +73,6 @@ def open_run(job: BaseModel, output: OutputConfig, job_name: str) -> RunDir:
                 "the config it was begun with",
                 "choose another --name, or remove that directory",
             )
-        return run
-    try:
-        run.trials.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise cannot_write(run.path, err) from err
     return run
 
 
@@ -89,8 +92,12 @@ def local_directory(output: OutputConfig) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def write_run_json(run: RunDir, job: BaseModel, **facts: Any) -> None:
-    """What the run is: resolved config, its hash, versions, and more facts about its input."""
+def begin_run(run: RunDir, job: BaseModel, **facts: Any) -> int:
+    """Say what the run is, and clear what was cut short or failed, to run again.
+
+    run.json gets the resolved config, its hash, versions, and the given facts about the input.
+    Gives the number of trials that ended before and are kept.
+    """
     content = {
         "run": run.path.name,
         "config_hash": run.config_hash,
@@ -99,10 +106,6 @@ def write_run_json(run: RunDir, job: BaseModel, **facts: Any) -> None:
         **facts,
     }
     write_json(run.path / "run.json", content)
-
-
-def clear_unfinished(run: RunDir) -> int:
-    """Remove trials that were cut short or failed, to run again; gives the number that is kept."""
     kept = 0
     for record in run.records():
         if record.is_settled:
