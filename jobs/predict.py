@@ -7,7 +7,6 @@ import sys
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import PredictJob
-from tlrunner.predict import predict
 
 if __name__ == "__main__":
-    sys.exit(run_job("predict", PredictJob, predict, needs_model=True))
+    sys.exit(run_job("predict", PredictJob, "tlrunner.predict:predict", needs_model=True))

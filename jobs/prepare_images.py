@@ -7,7 +7,6 @@ import sys
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import PrepareJob
-from tlrunner.run import prepare_images
 
 if __name__ == "__main__":
-    sys.exit(run_job("prepare_images", PrepareJob, prepare_images))
+    sys.exit(run_job("prepare_images", PrepareJob, "tlrunner.run:prepare_images"))

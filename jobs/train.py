@@ -8,7 +8,6 @@ import sys
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import TrainJob
-from tlrunner.run import train
 
 if __name__ == "__main__":
-    sys.exit(run_job("train", TrainJob, train))
+    sys.exit(run_job("train", TrainJob, "tlrunner.run:train"))

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import JobConfig
-from tlrunner.run import tune
 
 if __name__ == "__main__":
     shipped = Path(__file__).with_suffix(".yaml")
-    sys.exit(run_job("tune_flowers", JobConfig, tune, default_config=shipped))
+    sys.exit(run_job("tune_flowers", JobConfig, "tlrunner.run:tune", default_config=shipped))

@@ -4,12 +4,13 @@
 """
 
 import argparse
+import importlib
 import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,6 @@ from tlrunner.configfile import load, validate
 from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import LogConfig
 
-AnyJob = TypeVar("AnyJob", bound=Section)
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
 
 log = logging.getLogger("tlrunner")
@@ -29,8 +29,8 @@ UNEXPECTED = 70
 
 def run_job(
     job_name: str,
-    config_class: type[AnyJob],
-    job: Job,
+    config_class: type[Section],
+    job: str | Job,
     *,
     default_config: Path | None = None,
     needs_model: bool = False,
@@ -39,6 +39,8 @@ def run_job(
     """Parse the flags of a job, run it, and turn how it ended into an exit code.
 
     Args:
+        job: the function or its "module:name", which is imported once the config is known to be
+            good: a typo is answered in a second, not after torch, timm and Ray are loaded.
         default_config: the file used where `--config` is not given.
         needs_model: the job takes `--model RUN/best`.
     """
@@ -53,7 +55,8 @@ def run_job(
         )
         _log_to_terminal(getattr(config, "log", LogConfig()).level)
         model = [Path(flags.model)] if needs_model else []
-        return job(config, *model, job_name, _console(), flags.dry_run)
+        function = _imported(job) if isinstance(job, str) else job
+        return function(config, *model, job_name, _console(), flags.dry_run)
 
     return at_the_border(run)
 
@@ -93,6 +96,12 @@ def at_the_border(run: Callable[[], int]) -> int:
         return UNEXPECTED
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _imported(reference: str) -> Job:
+    module, _, name = reference.partition(":")
+    function: Job = getattr(importlib.import_module(module), name)
+    return function
 
 
 class _Parser(argparse.ArgumentParser):
