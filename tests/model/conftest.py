@@ -1,18 +1,28 @@
 """A classifier with random weights, and one training step of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tlrunner.config import BackboneConfig, HeadConfig
+from tlrunner.config import BackboneConfig, FreezeConfig, HeadConfig
 from tlrunner.model.classifier import Classifier, build_classifier
+from tlrunner.model.freeze import levels
 
 NUM_CLASSES = 3
 
 Build = Callable[..., Classifier]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small lose more to waking threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -48,8 +58,6 @@ def train_step() -> Callable[[Classifier, int], Tensor]:
 @pytest.fixture
 def frozen_parts_stand_still(train_step: Callable[..., Tensor]) -> Callable[..., None]:
     """`check(classifier, image_size)`: one step each under `head` and under `last_stages`."""
-    from tlrunner.config import FreezeConfig
-    from tlrunner.model.freeze import levels
 
     def moved(classifier: Classifier, freeze: FreezeConfig, image_size: int) -> set[str]:
         classifier.set_levels(levels(freeze, len(classifier.stages.names), epoch=0))

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tlrunner.config import BackboneConfig, HeadConfig, Preprocess
@@ -89,8 +89,9 @@ def build_backbone(
     pooling = None if head.kind == "flatten_mlp" else head.pooling
     module, stages = library.build(inner, weights, pooling, preprocess.image_size)
     feature_shape = _feature_shape(module, config.name, preprocess.image_size, torch.device("cpu"))
-    if pooling and len(feature_shape) != 1:
-        raise ConfigError(f"{config.name} cannot do head.pooling '{pooling}'", "auto")
+    if (pooling is None) == (len(feature_shape) == 1):  # some of timm's ignore what is asked
+        asked = f"head.pooling '{pooling}'" if pooling else "head.kind 'flatten_mlp'"
+        raise ConfigError(f"{config.name} cannot do {asked}", "head.pooling: auto")
     return Backbone(module, stages, preprocess, feature_shape)
 
 
@@ -109,6 +110,8 @@ def _feature_shape(
             "leave data.image_size out",
         ) from err
     module.train()
+    if not isinstance(features, Tensor):  # a few of timm's give a list of maps if not pooled
+        raise ConfigError(f"{name} cannot do head.kind 'flatten_mlp'", "linear, mlp")
     return tuple(features.shape[1:])
 
 
@@ -154,7 +157,7 @@ def _outline(name: str, image_size: int) -> tuple[tuple[str, ...], int]:
     try:
         with EmptyParameters():
             module, stages = library.build(inner, NO_WEIGHTS, "auto", image_size)
-    except RuntimeError:  # timm's hybrids run their stem to learn its shape
+    except (RuntimeError, ConfigError):  # timm's hybrids run their stem to learn its shape
         module, stages = library.build(inner, NO_WEIGHTS, "auto", image_size)
     meta = torch.device("meta")
     _feature_shape(module.to(meta), name, image_size, meta)

@@ -5,6 +5,7 @@ stays in eval mode through every `train()`, so BatchNorm statistics, dropout and
 stand still as well.
 """
 
+import math
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -132,8 +133,6 @@ def build_classifier(
         StorageError: weights that cannot be fetched or read.
     """
     built = build_backbone(backbone, head, image_size, weights_file)
-    num_features = 1
-    for extent in built.feature_shape:
-        num_features *= extent
+    num_features = math.prod(built.feature_shape)
     classifier = Classifier(built.module, build_head(head, num_features, num_classes), built.stages)
     return classifier, built.preprocess

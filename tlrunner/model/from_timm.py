@@ -56,8 +56,17 @@ def tagged(name: str, weights: Weights) -> str:
 
 
 def preprocess(name: str, weights: Weights) -> Preprocess:
-    """As timm's weights of that name were evaluated. Takes a name of timm, or of LITE."""
-    cfg = get_pretrained_cfg(tagged(LITE.get(name, name), _without_package(name, weights)))
+    """As timm's weights of that name were evaluated. Takes a name of timm, or of LITE.
+
+    Raises:
+        ConfigError: no weights of that name.
+    """
+    if name in LITE and weights.kind == "named" and weights.name != "default":
+        raise ConfigError(
+            f"backbone.weights is '{weights.name}', {name} has no such weights",
+            "default, none, or a file",
+        )
+    cfg = get_pretrained_cfg(tagged(LITE.get(name, name), weights))
     return Preprocess(
         image_size=cfg.input_size[-1],
         crop_fraction=cfg.crop_pct,
@@ -65,15 +74,6 @@ def preprocess(name: str, weights: Weights) -> Preprocess:
         std=tuple(cfg.std),
         interpolation="bilinear" if cfg.interpolation == "random" else cfg.interpolation,
     )
-
-
-def _without_package(name: str, weights: Weights) -> Weights:
-    if name in LITE and weights.kind == "named" and weights.name != "default":
-        raise ConfigError(
-            f"backbone.weights is '{weights.name}', {name} has no such weights",
-            "default, none, or a file",
-        )
-    return weights
 
 
 # -- Backbones -----------------------------------------------------------------------------------
@@ -93,66 +93,52 @@ def build(
         StorageError: weights that cannot be fetched or read.
     """
     full_name = tagged(LITE.get(name, name), weights)
-    sized = _size_argument(full_name, image_size)
-    if name in LITE and weights.kind == "named":
-        model = timm.create_model(full_name, num_classes=0)
-        load_state(model, *_packaged_state(name, model))
-    elif weights.kind == "named":
+    if weights.kind == "file":
+        model = _create(full_name, image_size, **_from_file(full_name, weights))
+    elif weights.kind == "none" or name in LITE:
+        model = _create(full_name, image_size)
+        if weights.kind == "named":
+            load_state(model, *_packaged_state(name, model))
+    else:
         cfg = get_pretrained_cfg(full_name)
         with downloading(cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"), _weights_only():
-            model = _create(full_name, image_size, sized, pretrained=True)
-    else:
-        model = _create(full_name, image_size, sized)
-        if weights.kind == "file":
-            model = _create_from_file(
-                full_name, image_size, sized, weights, set(model.state_dict())
-            )
+            model = _create(full_name, image_size, pretrained=True)
+    # What timm keeps of a loaded state dict, by reference, would double a model's memory.
+    model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full_name).to_dict()
     if pooling != "auto":
         _set_pooling(model, pooling, full_name)
     return model, _stages(model)
 
 
-def _size_argument(name: str, image_size: int) -> dict[str, int]:
-    """`img_size` where a model is built for one size and another is asked for."""
+def _create(name: str, image_size: int, **arguments: Any) -> Any:
+    """A model without classifier, built for the image size where it must be."""
     cfg = get_pretrained_cfg(name)
-    return {"img_size": image_size} if _is_fixed(cfg) and image_size != cfg.input_size[-1] else {}
-
-
-def _is_fixed(cfg: Any) -> bool:
-    return bool(cfg.fixed_input_size)
-
-
-def _create(name: str, image_size: int, sized: dict[str, int], **arguments: Any) -> Any:
-    if not sized:
-        return timm.create_model(name, num_classes=0, **arguments)
+    native = cfg.input_size[-1]
+    sized = {"img_size": image_size} if cfg.fixed_input_size and image_size != native else {}
     try:
         return timm.create_model(name, num_classes=0, **sized, **arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError) as err:
+    except (RuntimeError, LookupError, TypeError, AssertionError, ValueError) as err:
+        if "pretrained_cfg_overlay" in arguments and isinstance(err, RuntimeError | LookupError):
+            faults = [line.strip()[:200] for line in str(err).splitlines()[1:4]]
+            raise misfit("backbone.weights", faults or [first_line(err)]) from err
+        if not sized:
+            raise
         raise ConfigError(
             f"data.image_size is {image_size}, which {name} cannot take: {first_line(err)}",
-            f"{get_pretrained_cfg(name).input_size[-1]}",
+            f"{native}, and what its patches and windows divide",
             "leave data.image_size out",
         ) from err
 
 
-def _create_from_file(
-    name: str, image_size: int, sized: dict[str, int], weights: Weights, own: set[str]
-) -> Any:
-    """timm's own loading, which knows older layouts and resizes position embeddings."""
+def _from_file(name: str, weights: Weights) -> dict[str, Any]:
+    """Arguments for timm's own loading, which knows older layouts and resizes embeddings."""
     assert weights.path is not None
+    own = timm.create_model(name, num_classes=0).state_dict()
     state = read_state(weights.path, weights.sha256)
     state = {n: tensor for n, tensor in state.items() if n in own or not CLASSIFIER.match(n)}
     # timm is strict only about a checkpoint with as many classes as the model: none, here.
     overlay = {"state_dict": state, "num_classes": 0, "label_offset": 0, "custom_load": False}
-    try:
-        model = timm.create_model(
-            name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **sized
-        )
-    except (RuntimeError, LookupError) as err:
-        faults = [line.strip()[:200] for line in str(err).splitlines()[1:4]]
-        raise misfit(str(weights.path), faults or [first_line(err)]) from err
-    model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(name).to_dict()
-    return model
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Tensors keep torchvision's names, so its checkpoints fit.
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from tlrunner.config import Preprocess
 from tlrunner.errors import ConfigError
 from tlrunner.model.stages import Stages, stages_of
-from tlrunner.model.weights import Weights, downloading, load_state, read_state
+from tlrunner.model.weights import Weights, downloading, first_line, load_state, misfit, read_state
 
 # -- Names, weights, preprocessing ---------------------------------------------------------------
 
@@ -101,10 +102,22 @@ def build(
     backbone, stages = _vit(model, pooling) if name.startswith("vit_") else _cut(model, pooling)
     if weights.kind != "none":
         source, state = _pretrained_state(name, weights)
-        if name.startswith("vit_") and "encoder.pos_embedding" in state:
-            state = interpolate_embeddings(image_size, model.patch_size, state)
+        if name.startswith("vit_"):
+            state = _resize_embeddings(state, image_size, model.patch_size, source)
         load_state(backbone, state, source, dropped - set(backbone.state_dict()))
     return backbone, stages
+
+
+def _resize_embeddings(
+    state: dict[str, Tensor], image_size: int, patch_size: int, source: str
+) -> dict[str, Tensor]:
+    """Interpolate a ViT's position embeddings where the images are of another size."""
+    if "encoder.pos_embedding" not in state:
+        return state  # which `load_state` will refuse
+    try:
+        return dict(interpolate_embeddings(image_size, patch_size, OrderedDict(state)))
+    except ValueError as err:
+        raise misfit(source, [first_line(err)]) from err
 
 
 def _original(name: str, image_size: int) -> Any:
@@ -205,7 +218,7 @@ def _at(pattern: str) -> Begins:
 
 def _at_new_width(path: str, module: Any, before: Any) -> bool:
     """MobileNets list their blocks flat; those of one group have the same width."""
-    return getattr(module, "out_channels", 0) != getattr(before, "out_channels", 0)
+    return type(module) is not type(before) or module.out_channels != before.out_channels
 
 
 STAGE_BEGINS: dict[type[nn.Module], Begins] = {

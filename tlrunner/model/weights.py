@@ -162,7 +162,7 @@ def downloading(url: str) -> Iterator[None]:
     """Turn a failed download into an error that says what to do without a network."""
     try:
         yield
-    except OSError as err:  # urllib's and the hub's errors are all OSErrors
+    except (OSError, RuntimeError) as err:  # no network; another hash than published
         raise StorageError(
             f"pretrained weights could not be fetched from {url}: {first_line(err)}",
             "",

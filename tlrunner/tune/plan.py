@@ -36,7 +36,7 @@ def check_search(job: JobConfig) -> list[PlannedTrial]:
 
 def check_trial(config: TrialConfig) -> None:
     """Check what no single section can: the backbone's stages, the precision of the device."""
-    num_stages = len(describe(config.backbone).stage_names)
+    num_stages = len(describe(config.backbone, config.data.image_size).stage_names)
     check(config.freeze, num_stages, config.backbone.name)
     if config.train.mixed_precision == "fp16" and config.resources.gpus_per_worker == 0:
         raise ConfigError("train.mixed_precision is fp16, which needs a GPU", "no, bf16 (on CPUs)")
