@@ -26,7 +26,7 @@ from tlrunner.screen import preparing, show_summary
 from tlrunner.train.feed import open_data
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport
-from tlrunner.tune.plan import check_search, check_trial, show_plan
+from tlrunner.tune.plan import check_search, check_trial, grant_here, show_plan
 from tlrunner.tune.space import PlannedTrial
 
 log = logging.getLogger("tlrunner")
@@ -54,6 +54,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
     interrupted = False
     with connected_to_ray(job.log.level):
         job = job.model_copy(update={"resources": granted_resources(job.resources)})
+        trials = check_search(job)  # once more, now that it is known whether there are GPUs
         shards = _prepared(job, out)
         _begin(run, job, shards, out)
         try:
@@ -69,6 +70,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
     """Train one configuration, in this process. Gives the exit code."""
     started = time.monotonic()
     job = with_absolute_paths(job)
+    job = job.model_copy(update={"resources": grant_here(job.resources)})
     config = job.trial()
     check_trial(config)
     source = open_source(job.data.uri)

@@ -4,12 +4,13 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import yaml
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from tlrunner.config import TrialConfig
+from tlrunner.config import ResourceConfig, TrialConfig
 from tlrunner.data.order import sample_ids, split_rows
 from tlrunner.data.sources import Source
 from tlrunner.errors import ConfigError, ResourceError
@@ -40,6 +41,34 @@ def check_trial(config: TrialConfig) -> None:
     check(config.freeze, num_stages, config.backbone.name)
     if config.train.mixed_precision == "fp16" and config.resources.gpus_per_worker == 0:
         raise ConfigError("train.mixed_precision is fp16, which needs a GPU", "no, bf16 (on CPUs)")
+
+
+def grant(resources: ResourceConfig, num_cpus: int, num_gpus: int, where: str) -> ResourceConfig:
+    """The resources of a trial, with everything left open decided by what there is.
+
+    Raises:
+        ResourceError: more is asked for than `where` has.
+    """
+    gpus = resources.gpus_per_worker
+    if gpus is None:
+        gpus = min(1, num_gpus)
+    for key, asked, most in (
+        ("cpus_per_worker", resources.cpus_per_worker, num_cpus),
+        ("gpus_per_worker", gpus, num_gpus),
+    ):
+        if asked > most:
+            raise ResourceError(
+                f"resources.{key} is {asked}, {where} has {num_cpus} CPUs and {num_gpus} GPUs",
+                f"at most {most}",
+                "ask for less, or use a larger machine",
+            )
+    return resources.model_copy(update={"gpus_per_worker": gpus})
+
+
+def grant_here(resources: ResourceConfig) -> ResourceConfig:
+    """What a trial gets in this process."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return grant(resources, os.cpu_count() or 1, num_gpus, "this machine")
 
 
 def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, out: Console) -> None:
@@ -92,18 +121,12 @@ def _show_trials(trials: Sequence[PlannedTrial], costs: list[Cost], out: Console
 
 
 def _concurrent_trials(config: TrialConfig, job: BaseModel) -> int:
-    """Trials this machine can run at once; a cluster's size is only known once connected.
-
-    Raises:
-        ResourceError: not even one.
-    """
-    num_cpus, asked = os.cpu_count() or 1, config.resources.cpus_per_worker
+    """Trials this machine can run at once; a cluster's size is only known once connected."""
     wanted = job.search.max_concurrent_trials if isinstance(job, JobConfig) else 1
     if "RAY_ADDRESS" in os.environ:
         return wanted or 1
-    if asked > num_cpus:
-        raise ResourceError(
-            f"resources.cpus_per_worker is {asked}, this machine has {num_cpus} CPUs",
-            f"at most {num_cpus}",
-        )
-    return min(wanted or num_cpus, num_cpus // asked)
+    granted = grant_here(config.resources)
+    places = (os.cpu_count() or 1) // granted.cpus_per_worker
+    if granted.gpus_per_worker:
+        places = min(places, torch.cuda.device_count() // granted.gpus_per_worker)
+    return min(wanted or places, places)

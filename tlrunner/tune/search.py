@@ -20,8 +20,8 @@ from ray.tune.search.optuna import OptunaSearch
 from rich.console import Console
 
 from tlrunner.config import ResourceConfig
-from tlrunner.errors import ResourceError
 from tlrunner.jobconfig import JobConfig, SearchConfig
+from tlrunner.tune.plan import grant
 from tlrunner.tune.progress import Progress
 from tlrunner.tune.space import PlannedTrial, planned_points, suggest_point
 from tlrunner.tune.trainable import build_trainable
@@ -55,7 +55,7 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
 
 
 def granted_resources(resources: ResourceConfig) -> ResourceConfig:
-    """The resources of a trial with everything left open decided by the connected cluster.
+    """What a trial gets on the connected cluster.
 
     Raises:
         ResourceError: no node can ever hold one trial.
@@ -63,21 +63,7 @@ def granted_resources(resources: ResourceConfig) -> ResourceConfig:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     most_cpus = int(max(node.get("CPU", 0) for node in nodes))
     most_gpus = int(max(node.get("GPU", 0) for node in nodes))
-    gpus = resources.gpus_per_worker
-    if gpus is None:
-        gpus = min(1, most_gpus)
-    has = f"the largest of {len(nodes)} nodes has {most_cpus} CPUs and {most_gpus} GPUs"
-    for key, asked, most in (
-        ("cpus_per_worker", resources.cpus_per_worker, most_cpus),
-        ("gpus_per_worker", gpus, most_gpus),
-    ):
-        if asked > most:
-            raise ResourceError(
-                f"resources.{key} is {asked}, {has}",
-                f"at most {most}",
-                "ask for less or start larger nodes",
-            )
-    return resources.model_copy(update={"gpus_per_worker": gpus})
+    return grant(resources, most_cpus, most_gpus, f"the largest of {len(nodes)} nodes")
 
 
 def run_search(
