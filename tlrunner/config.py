@@ -158,14 +158,17 @@ class OptimConfig(Section):
         },
     }
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """AdamW (Loshchilov and Hutter, 2019), Adam, or SGD with momentum."""
     lr: float = Field(1e-3, gt=0, le=100)
     """Peak learning rate."""
     weight_decay: float = Field(0.01, ge=0, le=10)
     """Decay of weights; biases and norm parameters are exempt."""
     momentum: float | None = Field(None, ge=0, lt=1)
+    """`sgd`: share of the last step that is kept."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Learning rate of each stage as a multiple of that of the stage above it (the head has 1)."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """How the learning rate falls after warm-up: half a cosine to zero, in steps, or not."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Epochs, fractions allowed, of linear warm-up before the schedule."""
     step_epochs: int | None = Field(None, ge=1)
@@ -180,18 +183,23 @@ class TrainConfig(Section):
     """How long and in what precision one trial trains."""
 
     epochs: int = Field(5, ge=1, le=10_000)
+    """Passes over the training images."""
     batch_size: int = Field(32, ge=1, le=65536)
     """Images per optimizer step, whatever the number of workers or micro-batches."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024)
     """Micro-batches that a batch is cut into to save memory; results stay the same."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of matrix products and convolutions; fp16 needs a GPU."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all classes."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Validate and keep an exponential moving average of the weights. None: the weights."""
     channels_last: bool = True
+    """Store tensors in NHWC order, which convolutions are faster in."""
     compile: bool = False
     """Compile the model with torch.compile."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Of the head's first weights, the order of images, their augmentation, and dropout."""
 
     @model_validator(mode="after")
     def _micro_batches_are_not_empty(self) -> "TrainConfig":
@@ -218,9 +226,11 @@ class AugmentConfig(Section):
     shear: float = Field(0.0, ge=0, le=60)
     """Greatest angle either way, in degrees."""
     brightness: float = Field(0.0, ge=0, le=1)
-    """Factor drawn from 1 - x to 1 + x; likewise contrast and saturation."""
+    """Factor drawn from 1 - x to 1 + x."""
     contrast: float = Field(0.0, ge=0, le=1)
+    """As brightness."""
     saturation: float = Field(0.0, ge=0, le=1)
+    """As brightness."""
     hue: float = Field(0.0, ge=0, le=0.5)
     """Greatest shift either way, as a share of the colour circle."""
     random_erasing: float = Field(0.0, ge=0, le=1)
@@ -289,8 +299,13 @@ class Preprocess(Section):
     [0, 1] are then normalised by `mean` and `std`, per RGB channel.
     """
 
-    image_size: int
-    crop_fraction: float
+    image_size: int = Field(ge=1)
+    """Side of the square that the model sees, in pixels."""
+    crop_fraction: float = Field(gt=0, le=1)
+    """Share of the short side that the crop keeps."""
     mean: tuple[float, float, float]
+    """Of R, G and B, in [0, 1]."""
     std: tuple[float, float, float]
+    """Of R, G and B, in [0, 1]."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    """Filter of the resize."""

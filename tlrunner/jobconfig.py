@@ -98,6 +98,7 @@ class SearchConfig(Section):
     algorithm: Literal["random", "grid", "tpe"] = "random"
     """Independent draws, every combination, or Optuna's tree-structured Parzen estimator."""
     num_trials: int | None = Field(None, ge=1, le=100_000)
+    """`random`, `tpe`: how many points are tried, fewer where the space has no more."""
     scheduler: Literal["none", "asha", "median"] = "none"
     """Early stopping: asynchronous successive halving, or the median rule."""
     grace_epochs: int | None = Field(None, ge=1)
@@ -111,6 +112,7 @@ class SearchConfig(Section):
     max_concurrent_trials: int | None = Field(None, ge=1)
     """None: as many as the resources allow."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Of the points that are drawn; the seed of a trial is `train.seed`."""
 
     @field_validator("space", mode="before")
     @classmethod
@@ -163,6 +165,7 @@ class PredictSource(PrepareSource):
     num_workers: int | None = Field(None, ge=1, le=256)
     """Threads that decode. None: as many as the machine has CPUs."""
     batch_size: int = Field(64, ge=1, le=65536)
+    """Images computed at once."""
     cache_dir: str = Field("~/.cache/tlrunner", min_length=1)
     """Where images are kept as shards."""
 
