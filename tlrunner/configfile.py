@@ -90,7 +90,7 @@ def with_values(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
     Where a value selects another variant (`freeze.strategy`), the keys that only the former
     variant used give way to the defaults of the new one.
     """
-    tree = config.model_dump(exclude={*config.model_fields} - {*TrialConfig.model_fields})
+    tree = config.model_dump(include=set(TrialConfig.model_fields))
     for key, value in values.items():
         section, _, field = key.partition(".")
         uses = getattr(config, section).variants.get(field, {}) if field else {}

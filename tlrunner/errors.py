@@ -32,7 +32,8 @@ class TlrunnerError(Exception):
 
     def __str__(self) -> str:
         valid = f"valid: {self.valid}" if self.valid else ""
-        return "; ".join(part for part in (self.found, valid, self.remedy) if part)
+        text = "; ".join(part for part in (self.found, valid, self.remedy) if part)
+        return " ".join(text.split())  # one line, whatever the values found contain
 
 
 class ConfigError(TlrunnerError):

@@ -106,13 +106,11 @@ def begin_run(run: RunDir, job: BaseModel, **facts: Any) -> int:
         **facts,
     }
     write_json(run.path / "run.json", content)
-    kept = 0
-    for record in run.records():
-        if record.is_settled:
-            kept += 1
-        else:
-            shutil.rmtree(run.trials / record.trial_id)
-    return kept
+    settled = {record.trial_id for record in run.records() if record.is_settled}
+    for directory in run.trials.iterdir() if run.trials.is_dir() else ():
+        if directory.name not in settled:
+            shutil.rmtree(directory)
+    return len(settled)
 
 
 def installed_versions() -> dict[str, str]:

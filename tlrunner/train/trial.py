@@ -61,7 +61,6 @@ def run_trial(
     # -- Data and model --------------------------------------------------------------------------
     accelerator = build_accelerator(config)
     dataset, splits = open_data(config.data, shards)
-    torch.manual_seed(config.train.seed)  # the head's first weights, then dropout
     classifier, preprocess = load_classifier(config, len(dataset.class_names))
     world = World(accelerator.process_index, accelerator.num_processes)
     on_gpu = accelerator.device.type == "cuda"
@@ -131,7 +130,12 @@ def keep_freed_memory() -> None:
 
 
 def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess]:
-    """The backbone with its weights and a fresh head, in the memory layout of the config."""
+    """The backbone with its weights and a fresh head, in the memory layout of the config.
+
+    Seeds torch's generator: whatever is not pretrained is the same whenever a config is loaded, for
+    its training and for its export. Dropout goes on from there.
+    """
+    torch.manual_seed(config.train.seed)
     weights = config.backbone.weights
     is_file = "/" in weights or Path(weights).suffix in (".pth", ".pt", ".safetensors")
     file = (

@@ -72,7 +72,12 @@ def grant_here(resources: ResourceConfig) -> ResourceConfig:
 
 
 def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, out: Console) -> None:
-    """Print the resolved config, the resources, the trials and their cost (`--dry-run`)."""
+    """Print the resolved config, the resources, the trials and their cost (`--dry-run`).
+
+    Raises:
+        ResourceError: this machine, where it is the one to run on, cannot hold a trial.
+    """
+    concurrent = _concurrent_trials(trials[0].config, job)
     out.print(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False), highlight=False)
     config = trials[0].config
     splits = split_rows(
@@ -89,7 +94,6 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
         [trial.config for trial in trials], len(source.class_names), num_train, num_val
     )
     _show_trials(trials, costs, out)
-    concurrent = _concurrent_trials(config, job)
     num_trials = (job.search.num_trials if isinstance(job, JobConfig) else None) or len(trials)
     seconds = sum(cost.seconds for cost in costs) * num_trials / len(trials) / concurrent
     longest = max(cost.seconds for cost in costs)

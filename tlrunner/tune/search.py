@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,15 @@ def _searcher(job: JobConfig) -> OptunaSearch | None:
         return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
-        space=lambda trial: {"trial": {"index": trial.number, "point": suggest_point(job, trial)}},
+        space=partial(_suggested, job),  # Ray saves its searchers, and a lambda cannot be saved
         metric="val_acc",
         mode="max",
-        sampler=optuna.samplers.TPESampler(seed=job.search.seed, multivariate=True, group=True),
+        sampler=optuna.samplers.TPESampler(seed=job.search.seed),
     )
+
+
+def _suggested(job: JobConfig, trial: optuna.Trial) -> dict[str, Any]:
+    return {"trial": {"index": trial.number, "point": suggest_point(job, trial)}}
 
 
 def _scheduler(search: SearchConfig, most_epochs: int) -> TrialScheduler | None:

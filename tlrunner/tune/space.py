@@ -63,7 +63,7 @@ def planned_points(job: JobConfig) -> list[Point]:
     Point i of a random search depends on the seed and i alone, so more trials extend a search.
     """
     if job.search.algorithm == "grid":
-        return list(_grid_points(job))
+        return list({canonical_json(point): point for point in _grid_points(job)}.values())
     assert job.search.num_trials is not None, "the config fills in num_trials"
     points: dict[str, Point] = {}
     for attempt in range(job.search.num_trials * TRIES_PER_TRIAL):

@@ -1,0 +1,111 @@
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlrunner.config import TrialConfig
+from tlrunner.configfile import with_values
+from tlrunner.report.rundir import RunDir
+from tlrunner.report.summary import leaderboard, leaderboard_csv, summarise
+
+WriteTrial = Callable[..., TrialConfig]
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_trial: WriteTrial) -> RunDir:
+    """Five trials, of which 0001 is the best."""
+    run = RunDir(tmp_path / "mine", "0123456789ab")
+    write_trial(run.trials / "0000-a", [0.25, 0.5])
+    write_trial(run.trials / "0001-b", [0.75, 0.5])
+    write_trial(run.trials / "0002-c", [0.5], "stopped")
+    write_trial(run.trials / "0003-d", [], "diverged", detail="non-finite loss at step 3")
+    write_trial(run.trials / "0004-e", [0.1], "failed", detail='OSError: "disk", full\nvery')
+    return run
+
+
+def test_the_leaderboard_has_a_row_a_trial_with_its_best_epoch(run: RunDir) -> None:
+    rows = leaderboard(run.records())
+    assert [row["trial_id"][:4] for row in rows] == ["0001", "0000", "0002", "0004", "0003"]
+    assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
+    best = rows[0]
+    assert (best["val_acc"], best["epoch"], best["epochs_run"]) == (0.75, 1, 2)
+    assert best["seconds"] == 3.0, "of the whole trial"
+    assert (best["backbone.name"], best["optim.momentum"]) == ("squeezenet1_1", None)
+    assert rows[-1]["val_acc"] is None
+    assert rows[-1]["detail"] == "non-finite loss at step 3"
+
+
+def test_the_csv_reads_back_whatever_a_trial_says(run: RunDir) -> None:
+    rows = leaderboard(run.records())
+    read = list(csv.DictReader(io.StringIO(leaderboard_csv(rows), newline="")))
+    assert [row["detail"] for row in read] == [row["detail"] for row in rows]
+    assert [row["val_acc"] for row in read] == ["0.75", "0.5", "0.5", "0.1", ""]
+    assert all(None not in row and None not in row.values() for row in read)
+
+
+def test_the_leaderboard_of_no_trials_is_a_table_all_the_same() -> None:
+    assert leaderboard_csv(leaderboard([])).splitlines() == ["rank"]
+
+
+def test_the_summary_counts_trials_by_how_they_ended(run: RunDir) -> None:
+    summary = summarise(run, run.records(), "partial", wall_seconds=12.5)
+    assert (summary["status"], summary["run"]) == ("partial", "mine")
+    assert summary["config_hash"] == "0123456789ab"
+    assert summary["trials"] == {
+        "total": 5,
+        "completed": 2,
+        "stopped": 1,
+        "diverged": 1,
+        "failed": 1,
+    }
+    assert summary["wall_seconds"] == 12.5
+    assert summary["compute_seconds"] == 3.0 + 3.0 + 1.5 + 1.5
+    assert "torch" in summary["versions"]
+
+
+def test_the_best_trial_comes_with_the_config_that_repeats_it(
+    run: RunDir, tiny_trial: TrialConfig
+) -> None:
+    best = summarise(run, run.records(), "ok", 0.0)["best"]
+    assert set(best) == {
+        "trial_id",
+        "config",
+        "val_acc",
+        "val_loss",
+        "epoch",
+        "trainable_params",
+        "total_params",
+        "seconds",
+    }
+    assert (best["trial_id"], best["val_acc"], best["epoch"]) == ("0001-b", 0.75, 1)
+    assert TrialConfig.model_validate(json.loads(json.dumps(best["config"]))) == tiny_trial
+
+
+@pytest.mark.parametrize("state", ["diverged", "failed"])
+def test_without_a_finished_epoch_there_is_no_best(
+    tmp_path: Path, write_trial: WriteTrial, state: str
+) -> None:
+    run = RunDir(tmp_path, "")
+    write_trial(run.trials / "0000-a", [], state)
+    assert summarise(run, run.records(), "failed", 0.0)["best"] is None
+    assert summarise(run, [], "failed", 0.0)["best"] is None
+
+
+@given(st.text(max_size=40))
+def test_any_text_survives_the_csv(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_trial: WriteTrial,
+    tiny_trial: TrialConfig,
+    text: str,
+) -> None:
+    run = RunDir(tmp_path_factory.mktemp("run"), "")
+    config = with_values(tiny_trial, {"backbone.weights": f"weights {text}"})
+    write_trial(run.trials / "0000-a", [0.5], "failed", detail=text, config=config)
+    rows = leaderboard(run.records())
+    read = next(csv.DictReader(io.StringIO(leaderboard_csv(rows), newline="")))
+    assert (read["detail"], read["backbone.weights"]) == (text, f"weights {text}")

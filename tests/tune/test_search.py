@@ -1,0 +1,209 @@
+"""Searches on a local Ray: slow, each of them starts one."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tlrunner
+from tlrunner.cli import run_job
+from tlrunner.files import sha256_file
+from tlrunner.jobconfig import JobConfig, TrainJob
+
+pytestmark = pytest.mark.slow
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "tune_flowers.py"
+SPACE = {
+    "freeze.strategy": {"choice": ["head", "last_stages", "full"]},
+    "freeze.num_stages": {"randint": [1, 3], "when": {"freeze.strategy": "last_stages"}},
+    "optim.lr": {"loguniform": [1e-4, 1e-2]},
+}
+MARK = "TLRUNNER_TEST_MARK"
+MANY = 100  # epochs, so that a trial is under way for some seconds
+Search = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+
+@pytest.fixture
+def search(tiny_tree: dict[str, Any], tmp_path: Path) -> Search:
+    """`search(name, space, ...)`: a search under a name, which gives its exit code."""
+
+    def run(name: str, space: dict[str, Any] = SPACE, **search: Any) -> int:
+        return run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags(name, space, **search))
+
+    def flags(name: str, space: dict[str, Any], **search: Any) -> list[str]:
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**tiny_tree, "search": {"space": space, **search}}))
+        return ["--config", str(file), "--out", str(tmp_path / "runs"), "--name", name]
+
+    run.flags = flags
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "leaderboard.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def content_of(directory: Path) -> dict[str, str]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256_file(path) for path in files}
+
+
+def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(
+    search: Search, runs: Path, tmp_path: Path
+) -> None:
+    assert search("one", num_trials=4) == 0
+    assert search("other", num_trials=4, max_concurrent_trials=1) == 0
+    one, other = rows_of(runs / "one"), rows_of(runs / "other")
+    assert len(one) == 4
+    assert {row["state"] for row in one} == {"completed"}
+    assert without_seconds(one) == without_seconds(other)
+    assert not (runs / "one" / ".ray").exists()
+
+    # The winner, trained alone, gives the same figures.
+    best = runs / "one" / "best"
+    assert tlrunner.load(best).labels == ("blue", "green", "red")
+    flags = ["--config", str(best / "trial.json"), "--out", str(runs), "--name", "alone"]
+    assert run_job("train", TrainJob, "tlrunner.run:train", argv=flags) == 0
+    won, alone = (summary_of(runs / name)["best"] for name in ("one", "alone"))
+    for key in ("config", "val_acc", "val_loss", "epoch", "trainable_params"):
+        assert alone[key] == won[key]
+
+    # A trial that is missing is computed again, and no other.
+    lost = one[1]["trial_id"]
+    shutil.rmtree(runs / "one" / "trials" / lost)
+    (runs / "one" / "_SUCCESS").unlink()
+    kept = content_of(runs / "one" / "trials")
+    assert search("one", num_trials=4) == 0
+    now = content_of(runs / "one" / "trials")
+    assert {name: digest for name, digest in now.items() if lost not in name} == kept
+    assert without_seconds(rows_of(runs / "one")) == without_seconds(one)
+
+
+def test_a_trial_that_fails_is_told_and_the_others_end(
+    search: Search, runs: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"these are no weights")
+    space = {"backbone.weights": {"grid": ["none", str(broken)]}, "train.seed": {"grid": [0, 1]}}
+    assert search("partial", space, algorithm="grid") == 2
+    summary = summary_of(runs / "partial")
+    assert summary["status"] == "partial"
+    assert summary["trials"] == {
+        "total": 4,
+        "completed": 2,
+        "stopped": 0,
+        "diverged": 0,
+        "failed": 2,
+    }
+    for row in rows_of(runs / "partial"):
+        assert (row["state"] == "failed") == (row["backbone.weights"] == str(broken))
+        assert ("broken.safetensors" in row["detail"]) == (row["state"] == "failed")
+    assert not (runs / "partial" / "_SUCCESS").exists()
+    assert tlrunner.load(runs / "partial" / "best").labels == ("blue", "green", "red")
+
+
+def test_tpe_asks_for_as_many_trials_as_it_was_given(search: Search, runs: Path) -> None:
+    assert search("tpe", algorithm="tpe", num_trials=4, max_concurrent_trials=1) == 0
+    rows = rows_of(runs / "tpe")
+    assert sorted(row["trial_id"][:4] for row in rows) == ["0000", "0001", "0002", "0003"]
+    assert {row["state"] for row in rows} == {"completed"}
+    assert len({row["optim.lr"] for row in rows}) == 4
+
+
+def test_halving_stops_the_worst_and_says_so(search: Search, runs: Path) -> None:
+    # The tiny rates learn nothing, so each of them is behind the first after an epoch.
+    space = {"optim.lr": {"grid": [1e-3, 1e-7, 1e-8, 1e-9]}, "train.epochs": {"grid": [6]}}
+    halving = {"scheduler": "asha", "grace_epochs": 1, "reduction_factor": 2}
+    assert search("asha", space, algorithm="grid", max_concurrent_trials=1, **halving) == 0
+    rows = rows_of(runs / "asha")
+    states = [row["state"] for row in rows]
+    assert states.count("completed") + states.count("stopped") == 4
+    assert "stopped" in states
+    assert rows[0]["optim.lr"] == "0.001"
+    assert rows[0]["epochs_run"] == "6"
+    assert all(int(row["epochs_run"]) < 6 for row in rows if row["state"] == "stopped")
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Processes that were started, however indirectly, with this mark in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def interrupt(flags: list[str], mark: str, signum: signal.Signals, log: Path) -> int:
+    """Start a search in a process of its own and end it in the first epoch of its second trial."""
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, str(JOB), *flags],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, MARK: mark},
+        ) as process,
+    ):
+        for line in process.stdout:
+            if f"epoch 1/{MANY}" in line:
+                process.send_signal(signum)
+                break
+        process.stdout.read()
+        return process.wait()
+
+
+def test_an_interrupted_search_leaves_no_process_and_the_same_command_finishes_it(
+    search: Search, runs: Path, tmp_path: Path
+) -> None:
+    space = {"train.epochs": {"grid": [2, MANY]}}
+    flags = search.flags("cut", space, algorithm="grid", max_concurrent_trials=1)
+    run, log = runs / "cut", tmp_path / "stderr.txt"
+    kept = []
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        assert interrupt(flags, tmp_path.name, signum, log) == 75, log.read_text()
+        assert log.read_text().splitlines()[-1].endswith("continues it")
+        patience = time.monotonic() + 60
+        while marked_processes(tmp_path.name) and time.monotonic() < patience:
+            time.sleep(0.1)
+        assert marked_processes(tmp_path.name) == []
+        assert summary_of(run)["status"] == "interrupted"
+        assert not (run / "_SUCCESS").exists()
+        kept.append(content_of(next(run.glob("trials/0000-*"))))
+
+    assert run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags) == 0
+    kept.append(content_of(next(run.glob("trials/0000-*"))))
+    assert kept[0] == kept[1] == kept[2], "the first trial ended once"
+    assert summary_of(run)["trials"]["completed"] == 2
+    assert {row["epochs_run"] for row in rows_of(run)} == {"2", str(MANY)}
