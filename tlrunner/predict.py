@@ -37,6 +37,7 @@ from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, read_config
 from tlrunner.train.feed import open_data
 from tlrunner.train.loop import to_model_input
+from tlrunner.train.trial import keep_freed_memory
 
 SPLITS = ("train", "val", "test")
 
@@ -121,6 +122,8 @@ def _probabilities(
     deployed: Deployed, config: TrialConfig, dataset: Dataset, rows_N: Rows, job: PredictJob
 ) -> NDArray[np.float32]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     model = deployed.model.to(device)
     parts = []
     with torch.inference_mode(), _autocast(config, device):
