@@ -36,7 +36,7 @@ from tlrunner.run import absolute
 from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, read_config
 from tlrunner.train.feed import open_data
-from tlrunner.train.loop import to_model_input
+from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import keep_freed_memory
 
 SPLITS = ("train", "val", "test")
@@ -125,10 +125,11 @@ def _probabilities(
     if device.type == "cpu":
         keep_freed_memory()
     model = deployed.model.to(device)
+    model_input = ModelInput(deployed.transform.preprocess, device)
     parts = []
     with torch.inference_mode(), _autocast(config, device):
         for images_BHWC in _images(deployed, dataset, rows_N, job):
-            logits_BK = model(to_model_input(images_BHWC, deployed.transform.preprocess, device))
+            logits_BK = model(model_input(images_BHWC))
             parts.append(logits_BK.float().softmax(1).cpu().numpy())
     return np.concatenate(parts)
 

@@ -25,10 +25,10 @@ from tlrunner.model.freeze import levels
 from tlrunner.train.loop import (
     DivergedError,
     Loop,
+    ModelInput,
     check_finite,
     micro_batches,
     mixed_loss,
-    to_model_input,
 )
 from tlrunner.train.trial import build_accelerator
 
@@ -114,7 +114,7 @@ def test_accumulated_gradients_train_as_one_batch_does(num_parts: int) -> None:
 
 def test_pixels_are_normalised_by_channel() -> None:
     images_BHWC = torch.tensor([0, 255, 51], dtype=torch.uint8).expand(1, 4, 4, 3)
-    images_BCHW = to_model_input(images_BHWC, PREPROCESS, torch.device("cpu"))
+    images_BCHW = ModelInput(PREPROCESS, torch.device("cpu"))(images_BHWC)
     assert images_BCHW.shape == (1, 3, 4, 4)
     expected = [-0.5 / 0.2, 0.6 / 0.25, (0.2 - 0.3) / 0.3]
     assert images_BCHW[0, :, 2, 2].tolist() == pytest.approx(expected, rel=1e-5)

@@ -27,7 +27,7 @@ from tlrunner.files import read_json, write_json
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import levels
 from tlrunner.train.checkpoint import read_checkpoint, save_tensors, verify_commit, write_commit
-from tlrunner.train.loop import to_model_input
+from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import load_classifier
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
@@ -41,13 +41,14 @@ class ImageTransform:
     def __init__(self, preprocess: Preprocess) -> None:
         self.preprocess = preprocess
         self.transform = EvalTransform(preprocess)
+        self.model_input = ModelInput(preprocess, torch.device("cpu"))
 
     def __call__(self, image: str | Path | bytes | Image.Image | np.ndarray) -> Tensor:
         side = self.preprocess.image_size
         pixels_HWC = np.empty((side, side, 3), np.uint8)
         self.transform.render(_stored_bytes(image), pixels_HWC)
         batch_BHWC = torch.from_numpy(pixels_HWC)[None]
-        return to_model_input(batch_BHWC, self.preprocess, torch.device("cpu"))[0].contiguous()
+        return self.model_input(batch_BHWC)[0].contiguous()
 
 
 class Deployed(NamedTuple):

@@ -52,7 +52,7 @@ class Loop:
     ) -> None:
         self.accelerator = accelerator
         self.classifier = classifier
-        self.preprocess = preprocess
+        self.model_input = ModelInput(preprocess, accelerator.device)
         self.optim = optim
         self.train = train
         self.model = accelerator.prepare_model(classifier)
@@ -133,18 +133,26 @@ class Loop:
         return total
 
     def _input(self, images_BHWC: Tensor) -> Tensor:
-        images_BCHW = to_model_input(images_BHWC, self.preprocess, self.accelerator.device)
+        images_BCHW = self.model_input(images_BHWC)
         return images_BCHW if self.train.channels_last else images_BCHW.contiguous()
 
 
-def to_model_input(images_BHWC: Tensor, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """uint8 images -> normalised float (B, C, H, W) in channels-last memory order."""
-    images_BCHW = images_BHWC.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-    mean, std = (
-        torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
-        for values in (preprocess.mean, preprocess.std)
-    )
-    return images_BCHW.sub_(mean).div_(std)
+class ModelInput:
+    """uint8 images (B, H, W, C) -> normalised float (B, C, H, W) in channels-last memory order.
+
+    Mean and std are moved once: a copy to a GPU in each step would wait for all work before it.
+    """
+
+    def __init__(self, preprocess: Preprocess, device: torch.device) -> None:
+        self.device = device
+        self.mean, self.std = (
+            torch.tensor(values, device=device).mul_(255).view(1, 3, 1, 1)
+            for values in (preprocess.mean, preprocess.std)
+        )
+
+    def __call__(self, images_BHWC: Tensor) -> Tensor:
+        images_BCHW = images_BHWC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float()
+        return images_BCHW.sub_(self.mean).div_(self.std)
 
 
 def mixed_loss(logits_BK: Tensor, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -153,16 +161,18 @@ def mixed_loss(logits_BK: Tensor, batch: Batch, label_smoothing: float) -> tuple
     An image is correct when the label that weighs more is predicted.
     """
     logits_BK = logits_BK.float()
-    labels_B, partners_B, weight_B = (
-        tensor.to(logits_BK.device, non_blocking=True)
-        for tensor in (batch.labels_B, batch.partner_labels_B, batch.label_weight_B)
-    )
-    loss_B = F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
-    if bool((batch.label_weight_B < 1).any()):  # on the CPU: nothing waits for a GPU
-        partner_loss_B = F.cross_entropy(
-            logits_BK, partners_B, reduction="none", label_smoothing=label_smoothing
+
+    def loss_against(labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits_BK, labels_B, reduction="none", label_smoothing=label_smoothing
         )
-        loss_B = weight_B * loss_B + (1 - weight_B) * partner_loss_B
+
+    labels_B = batch.labels_B.to(logits_BK.device, non_blocking=True)
+    loss_B = loss_against(labels_B)
+    if bool((batch.label_weight_B < 1).any()):  # on the CPU: nothing waits for a GPU
+        partners_B = batch.partner_labels_B.to(logits_BK.device, non_blocking=True)
+        weight_B = batch.label_weight_B.to(logits_BK.device, non_blocking=True)
+        loss_B = weight_B * loss_B + (1 - weight_B) * loss_against(partners_B)
         labels_B = torch.where(weight_B >= 0.5, labels_B, partners_B)
     return loss_B.sum(), (logits_BK.argmax(1) == labels_B).sum()
 
