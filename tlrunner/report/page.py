@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from tlrunner.train.trial_dir import TrialRecord
+from tlrunner.train.trial_dir import EpochReport, TrialRecord
 
 MAX_CURVES = 12
 COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea", "#ea580c", "#0891b2")
@@ -15,7 +15,6 @@ COLUMNS = (
     "freeze.strategy",
     "freeze.num_stages",
     "optim.lr",
-    "optim.weight_decay",
     "val_acc",
     "val_loss",
     "epoch",
@@ -23,10 +22,12 @@ COLUMNS = (
     "seconds",
     "state",
 )
+LEFT, RIGHT, TOP, BOTTOM = 60, 700, 20, 280  # of the curves, in units of the drawing
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
 table { border-collapse: collapse; font-size: 13px; width: 100% }
-td, th { border-bottom: 1px solid #ddd; padding: .3rem .5rem; text-align: left }
+td, th { border-bottom: 1px solid #ddd; padding: .3rem .4rem; text-align: left }
+td, th { white-space: nowrap }
 tr.best { background: #ecfdf5; font-weight: 600 }
 svg { background: #fafafa; width: 100%; max-height: 22rem }
 """
@@ -78,33 +79,38 @@ def _cell(value: Any) -> str:
 
 
 def _curves(records: Sequence[TrialRecord]) -> str:
-    """val_acc over epochs, one line for each of the best trials."""
+    """val_acc over epochs, one labelled line for each of the best trials."""
     drawn = [record for record in records if record.epochs]
     if not drawn:
         return "<p>None.</p>"
-    width, height, margin = 900, 300, 40
     last = max(record.epochs[-1].epoch for record in drawn)
-    lowest = min(report.val_acc for record in drawn for report in record.epochs)
-    highest = max(report.val_acc for record in drawn for report in record.epochs)
-    span = (highest - lowest) or 1.0
-    lines = []
-    for number, record in enumerate(drawn):
-        points = " ".join(
-            f"{margin + (width - 2 * margin) * report.epoch / last:.1f},"
-            f"{height - margin - (height - 2 * margin) * (report.val_acc - lowest) / span:.1f}"
-            for report in record.epochs
-        )
-        colour = COLOURS[number % len(COLOURS)]
-        title = escape(f"{record.trial_id} {record.config.backbone.name} {record.config.freeze}")
-        lines.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" '
-            f'marker-mid="url(#dot)" marker-end="url(#dot)"><title>{title}</title></polyline>'
-        )
+    accuracies = [report.val_acc for record in drawn for report in record.epochs]
+    lowest, highest = min(accuracies), max(accuracies)
+
+    def place(report: EpochReport) -> tuple[float, float]:
+        across = (report.epoch - 1) / max(1, last - 1)
+        up = (report.val_acc - lowest) / ((highest - lowest) or 1.0)
+        return LEFT + across * (RIGHT - LEFT), BOTTOM - up * (BOTTOM - TOP)
+
+    lines = [
+        _line(record, [place(report) for report in record.epochs], COLOURS[i % len(COLOURS)])
+        for i, record in enumerate(drawn)
+    ]
     return (
-        f'<svg viewBox="0 0 {width} {height}"><defs><marker id="dot" markerWidth="6" '
-        'markerHeight="6" refX="3" refY="3"><circle cx="3" cy="3" r="2" fill="#444"/></marker>'
-        f"</defs>{''.join(lines)}"
-        f'<text x="4" y="{margin}" font-size="12">{highest:.3f}</text>'
-        f'<text x="4" y="{height - margin}" font-size="12">{lowest:.3f}</text>'
-        f'<text x="{width - margin}" y="{height - 8}" font-size="12">epoch {last}</text></svg>'
+        f'<svg viewBox="0 0 {RIGHT + 200} {BOTTOM + 40}" font-size="12">{"".join(lines)}'
+        f'<text x="4" y="{TOP + 4}">{highest:.3f}</text>'
+        f'<text x="4" y="{BOTTOM + 4}">{lowest:.3f}</text>'
+        f'<text x="{LEFT}" y="{BOTTOM + 30}">epoch 1</text>'
+        f'<text x="{RIGHT - 45}" y="{BOTTOM + 30}">epoch {last}</text></svg>'
+    )
+
+
+def _line(record: TrialRecord, places: list[tuple[float, float]], colour: str) -> str:
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places)
+    x, y = places[-1]
+    label = escape(f"{record.trial_id} {record.config.freeze}")
+    return (
+        f'<g fill="{colour}"><polyline points="{points}" fill="none" stroke="{colour}" '
+        f'stroke-width="2"/>{dots}<text x="{x + 8:.1f}" y="{y + 4:.1f}">{label}</text></g>'
     )
