@@ -56,7 +56,7 @@ def train_step() -> Callable[[Classifier, int], Tensor]:
 
 
 @pytest.fixture
-def frozen_parts_stand_still(train_step: Callable[..., Tensor]) -> Callable[..., None]:
+def check_frozen_parts_stand_still(train_step: Callable[..., Tensor]) -> Callable[..., None]:
     """`check(classifier, image_size)`: one step each under `head` and under `last_stages`."""
 
     def moved(classifier: Classifier, freeze: FreezeConfig, image_size: int) -> set[str]:

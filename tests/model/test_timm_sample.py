@@ -52,27 +52,31 @@ def test_every_tensor_has_a_stage_and_only_the_classifier_is_dropped(name):
 
 
 @pytest.mark.parametrize("name", TRAINED_BY_DEFAULT)
-def test_frozen_stages_stand_still_while_the_rest_trains(name, build, frozen_parts_stand_still):
-    frozen_parts_stand_still(build(name, 64), 64)
+def test_frozen_stages_stand_still_while_the_rest_trains(
+    name, build, check_frozen_parts_stand_still
+):
+    check_frozen_parts_stand_still(build(name, 64), 64)
 
 
 @pytest.mark.parametrize("name", FIXED_SIZE_BY_DEFAULT)
-def test_frozen_layers_of_a_transformer_stand_still(name, build, frozen_parts_stand_still):
+def test_frozen_layers_of_a_transformer_stand_still(name, build, check_frozen_parts_stand_still):
     size = describe(BackboneConfig(name=name, weights="none")).preprocess.image_size
-    frozen_parts_stand_still(build(name), size)
+    check_frozen_parts_stand_still(build(name), size)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED_SLOWLY)
-def test_frozen_stages_stand_still_in_more_families(name, build, frozen_parts_stand_still):
-    frozen_parts_stand_still(build(name, 96), 96)
+def test_frozen_stages_stand_still_in_more_families(name, build, check_frozen_parts_stand_still):
+    check_frozen_parts_stand_still(build(name, 96), 96)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIXED_SIZE_SLOWLY)
-def test_frozen_layers_stand_still_in_more_transformers(name, build, frozen_parts_stand_still):
+def test_frozen_layers_stand_still_in_more_transformers(
+    name, build, check_frozen_parts_stand_still
+):
     size = describe(BackboneConfig(name=name, weights="none")).preprocess.image_size
-    frozen_parts_stand_still(build(name), size)
+    check_frozen_parts_stand_still(build(name), size)
 
 
 def test_efficientnet_lite_has_a_stage_for_each_group_of_blocks_the_stem_and_the_last_convolution():
