@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.data.prepare import prepare
+from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 
@@ -96,6 +98,8 @@ def write_trial(tiny_trial: TrialConfig) -> WriteTrial:
     ) -> TrialConfig:
         trial = TrialDir(directory)
         trial.begin(config)
+        if val_accs:
+            write_checkpoint(trial.checkpoints, 4, {"weight": torch.zeros(1)}, {})
         for epoch, val_acc in enumerate(val_accs, start=1):
             trial.append(
                 EpochReport(epoch, val_acc, val_loss, 2.0, 50.0, 10, 20, 1.5 * epoch, "00000004-0")

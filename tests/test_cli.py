@@ -103,9 +103,10 @@ def test_a_traceback_is_shown_where_it_is_asked_for(capsys: Captured) -> None:
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_a_bug_is_one_line_as_well(capsys: Captured) -> None:
+def test_a_bug_is_a_line_and_where_it_happened(capsys: Captured) -> None:
     assert run(job=failing(ZeroDivisionError("division by zero"))) == 70
-    assert capsys.readouterr().err == "tlrunner: unexpected ZeroDivisionError: division by zero\n"
+    said = capsys.readouterr().err
+    assert said.startswith("tlrunner: unexpected ZeroDivisionError: division by zero\nTraceback")
 
 
 def test_ctrl_c_and_sigterm_end_a_job_as_interrupted(capsys: Captured) -> None:

@@ -13,10 +13,11 @@ import torch
 
 import tlrunner
 from tlrunner.cli import run_job
+from tlrunner.config import BackboneConfig
 from tlrunner.data.dataset import open_dataset, verify_shards
 from tlrunner.files import sha256_file
 from tlrunner.jobconfig import JobConfig, PredictJob, PrepareJob, TrainJob
-from tlrunner.run import train
+from tlrunner.run import train, with_absolute_paths
 from tlrunner.train.checkpoint import verify_commit
 from tlrunner.train.trial_dir import EpochReport
 
@@ -174,7 +175,7 @@ def test_an_interrupted_run_ends_with_75_and_the_same_command_finishes_it(
 
     assert train_job() == 0
     assert summary_of(out / "mine")["status"] == "ok"
-    assert [path.name for path in out.iterdir()] == ["mine"]
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["mine"]
 
 
 def test_a_run_that_diverged_at_once_has_no_usable_trial(
@@ -207,6 +208,20 @@ def test_relative_paths_are_those_of_the_caller(
     run = (colour_folder.parent / ".." / "elsewhere" / "mine").resolve()
     assert summary_of(run)["best"]["config"]["data"]["uri"] == str(colour_folder)
     shutil.rmtree(run.parent)
+
+
+def test_weights_in_the_callers_directory_are_found_by_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for weights, settled in [
+        ("w.pth", str(tmp_path / "w.pth")),
+        ("here/w", str(tmp_path / "here" / "w")),
+        ("s3://bucket/w.pth", "s3://bucket/w.pth"),
+        ("IMAGENET1K_V1", "IMAGENET1K_V1"),
+    ]:
+        job = TrainJob(backbone=BackboneConfig(weights=weights))
+        assert with_absolute_paths(job).backbone.weights == settled
 
 
 # -- Mistakes --------------------------------------------------------------------------------------
@@ -462,12 +477,24 @@ def test_foreign_and_unlabelled_images_are_predicted_without_a_split(
         assert sum(row["label"] is not None for row in rows) == labelled
 
 
+def test_a_class_without_any_image_is_predicted_all_the_same(
+    predict: Job, colour_folder: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    folder(few, colour_folder, {"blue": 3, "green": 1, "red": 3})
+    (few / "green" / "00.jpg").write_bytes(b"no image")
+    flags = ["--set", "data.max_bad_fraction=0.5", "--set", "data.limit=4"]
+    assert predict("--data", str(few), *flags) == 0
+    rows = pq.read_table(tmp_path / "predictions" / "predictions.parquet").to_pylist()
+    assert sorted(row["label"] for row in rows) == ["blue", "blue", "red", "red"]
+
+
 def test_predictions_are_not_written_over(predict: Job, tmp_path: Path, capsys: Captured) -> None:
     predict()
     before = content_of(tmp_path / "predictions")
     capsys.readouterr()
     assert predict() == 73
-    assert "holds predictions already" in error_of(capsys)
+    assert "holds something already" in error_of(capsys)
     assert content_of(tmp_path / "predictions") == before
 
 
@@ -480,6 +507,40 @@ def test_a_model_that_is_none_is_a_storage_error(
     assert predict("--model", str(tmp_path)) == 73
     assert "holds no COMMIT.json" in error_of(capsys)
     assert not (tmp_path / "predictions").exists()
+
+
+def test_predictions_that_cannot_be_written_are_not_computed(
+    predict: Job, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(*_: object, **__: object) -> None:
+        raise AssertionError("it went on all the same")
+
+    monkeypatch.setattr("tlrunner.predict.prepare", compute)
+    (tmp_path / "file").write_text("in the way")
+    assert predict("--out", str(tmp_path / "file")) == 73
+    assert "file cannot be written" in error_of(capsys)
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "notes.txt").write_text("not to be lost")
+    assert predict() == 73
+    assert "holds something already" in error_of(capsys)
+
+
+def test_without_a_name_a_job_that_makes_data_can_be_done_again(
+    model: Path, colour_folder: Path, tmp_path: Path, tiny_tree: dict[str, Any]
+) -> None:
+    made = tmp_path / "made"
+    flags = ["--data", str(colour_folder), "--out", str(made)]
+    cached = ["--set", f"data.cache_dir={tiny_tree['data']['cache_dir']}"]
+    for _ in range(2):
+        assert prepare_job(*flags) == 0
+        assert predict_job("--model", str(model), *flags, *cached) == 0
+    jobs = [path.name.split("-") for path in made.iterdir()]
+    assert sorted((job, number) for job, *_, number in jobs) == [
+        ("predict", "1"),
+        ("predict", "2"),
+        ("prepare_images", "1"),
+        ("prepare_images", "2"),
+    ]
 
 
 def test_a_dry_run_of_predicting_counts_and_writes_nothing(

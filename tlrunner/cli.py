@@ -171,7 +171,9 @@ def _backbones(flags: argparse.Namespace) -> int:
 
 
 def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
+    # Paths and names are printed as they are, brackets included.
+    width = None if sys.stdout.isatty() else LOG_WIDTH
+    return Console(width=width, markup=False, highlight=False)
 
 
 class _OneLine(logging.Formatter):
@@ -181,14 +183,10 @@ class _OneLine(logging.Formatter):
         super().__init__("tlrunner: %(message)s")
         self.shows_tracebacks = shows_tracebacks
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802  (logging's name)
-        return super().formatException(ei) if self.shows_tracebacks else ""
-
     def format(self, record: logging.LogRecord) -> str:
-        record.exc_text = None  # another handler's text, with the traceback, is cached here
-        text = super().format(record).rstrip()
-        record.exc_text = None
-        return text
+        if self.shows_tracebacks or record.levelno >= logging.CRITICAL:
+            return super().format(record)
+        return f"tlrunner: {record.getMessage()}"
 
 
 def _log_to_terminal(level: str) -> None:

@@ -187,7 +187,8 @@ class TrainConfig(Section):
     batch_size: int = Field(32, ge=1, le=65536)
     """Images per optimizer step, whatever the number of workers or micro-batches."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024)
-    """Micro-batches that a batch is cut into to save memory; results stay the same."""
+    """Micro-batches that a batch is cut into to save memory. The result stays the same, but for
+    BatchNorm layers that train: they see a micro-batch at a time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of matrix products and convolutions; fp16 needs a GPU."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

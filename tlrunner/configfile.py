@@ -59,6 +59,8 @@ def load(
 ) -> AnySection:
     """The config of a job: defaults, then the file, then flags, then `--set` assignments.
 
+    A key that is set is searched no more: it leaves the search space.
+
     Args:
         file: YAML, or JSON where the name ends in .json.
         assignments: `dotted.key=value`, with the value in YAML.
@@ -73,6 +75,7 @@ def load(
         if not separator:
             raise ConfigError(f"--set {assignment}", "--set dotted.key=value")
         _assign(tree, key.strip(), _parse(text, f"--set {key}"))
+        _fix(tree, key.strip())
     return validate(config_class, tree)
 
 
@@ -94,8 +97,9 @@ def with_values(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
     for key, value in values.items():
         section, _, field = key.partition(".")
         uses = getattr(config, section).variants.get(field, {}) if field else {}
-        if uses and value != tree[section][field]:
-            tree[section].update({name: None for used in uses.values() for name in used})
+        if uses and isinstance(value, str):
+            former = uses[tree[section][field]].keys()
+            tree[section].update(dict.fromkeys(former - uses.get(value, {}).keys()))
     for key, value in values.items():
         _assign(tree, key, value)
     return validate(TrialConfig, tree)
@@ -155,6 +159,13 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             inner = tree[name] = {}
         tree = inner
     tree[last] = value
+
+
+def _fix(tree: dict[str, Any], key: str) -> None:
+    search = tree.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    if isinstance(space, dict):
+        space.pop(key, None)
 
 
 def _explain(config_class: type[Section], errors: list[ErrorDetails]) -> ConfigError:

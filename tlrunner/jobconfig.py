@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_serializer, model_validator
 
 from tlrunner.config import Section, TrialConfig
+from tlrunner.files import canonical_json
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 DISTRIBUTION_KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
@@ -24,8 +25,8 @@ class OutputConfig(Section):
 
 
 class LogConfig(Section):
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    """What the terminal shows; `debug` adds tracebacks of user errors."""
+    level: Literal["info", "debug"] = "info"
+    """What the terminal shows; `debug` adds Ray's messages and tracebacks of user errors."""
 
 
 class TrainJob(TrialConfig):
@@ -78,6 +79,10 @@ class Distribution(Section):
             raise ValueError(f"{self.kind} is [{low}, {high}], valid: lower bound first")
         if self.kind == "loguniform" and low <= 0:
             raise ValueError(f"loguniform is [{low}, {high}], valid: positive bounds")
+        try:
+            canonical_json([self.values, self.when])
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"{self.kind} holds a value that JSON has not: {err}") from err
         return self
 
 
@@ -85,7 +90,11 @@ class SearchConfig(Section):
     """Which trials run, and which of them are stopped early."""
 
     variants = {
-        "algorithm": {"random": {"num_trials": 8}, "tpe": {"num_trials": 8}, "grid": {}},
+        "algorithm": {
+            "random": {"num_trials": 8, "seed": 0},
+            "tpe": {"num_trials": 8, "seed": 0},
+            "grid": {},
+        },
         "scheduler": {
             "none": {},
             "median": {"grace_epochs": 1},
@@ -111,8 +120,8 @@ class SearchConfig(Section):
     """End the search after this much wall time; the best so far is the result."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """None: as many as the resources allow."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Of the points that are drawn; the seed of a trial is `train.seed`."""
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    """`random`, `tpe`: of the points that are drawn; the seed of a trial is `train.seed`."""
 
     @field_validator("space", mode="before")
     @classmethod

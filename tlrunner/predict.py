@@ -24,20 +24,19 @@ from rich.console import Console
 from tlrunner.config import TrialConfig
 from tlrunner.data.dataset import Dataset, open_dataset
 from tlrunner.data.loader import eval_batches
-from tlrunner.data.order import Rows, split_rows
+from tlrunner.data.order import Rows, limit_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
-from tlrunner.errors import StorageError
 from tlrunner.files import read_json, write_json, write_with
 from tlrunner.jobconfig import PredictJob
-from tlrunner.report.rundir import local_directory
-from tlrunner.run import absolute
+from tlrunner.report.rundir import new_directory
 from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, read_config
 from tlrunner.train.feed import open_data
 from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import keep_freed_memory
+from tlrunner.uris import absolute
 
 SPLITS = ("train", "val", "test")
 
@@ -65,9 +64,7 @@ def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: 
         source = open_source(uri, labelled=False)
         out.print(f"{len(source)} images in {uri}; labels: {', '.join(deployed.labels)}")
         return 0
-    directory = local_directory(job.output) / (job.output.name or job_name)
-    if (directory / "metrics.json").exists():
-        raise StorageError(f"{directory} holds predictions already", "", "choose another --name")
+    directory = new_directory(job.output, job_name)
     with preparing(out) as progress:
         shards = prepare(
             uri,
@@ -77,9 +74,7 @@ def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: 
             progress=progress,
         )
     dataset = open_dataset(shards)
-    rows_N = split_rows(
-        dataset.ids_N, np.maximum(dataset.labels_N, 0), 0.0, 0.0, job.data.limit
-    ).train
+    rows_N = limit_rows(dataset.ids_N, dataset.labels_N, job.data.limit)
     predictions = Predictions(
         rows_N,
         _probabilities(deployed, config, dataset, rows_N, job),

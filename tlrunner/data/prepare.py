@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tlrunner.data.manifest import MANIFEST_NAME, VERSION, read_manifest
-from tlrunner.data.sources import local_directory, open_source, unlabelled
+from tlrunner.data.sources import open_source, shards_at, unlabelled
 from tlrunner.data.write import BAD_NAME, Progress, too_many_bad, write_shards
 from tlrunner.files import cannot_write, sha256_json
 
@@ -30,12 +30,10 @@ def prepare(
         DataError: nothing usable there, or too many bad images.
         StorageError: the cache directory cannot be written.
     """
-    if not uri.startswith("sample:"):
-        directory = local_directory(uri)
-        if (directory / MANIFEST_NAME).is_file():
-            if labelled and not read_manifest(directory).class_names:
-                raise unlabelled(uri)
-            return directory
+    if shards := shards_at(uri):
+        if labelled and not read_manifest(shards).class_names:
+            raise unlabelled(uri)
+        return shards
     source = open_source(uri, labelled=labelled)
     fingerprint = sha256_json([VERSION, source.fingerprint])[:32]
     target = Path(cache_dir).expanduser().resolve() / "shards" / fingerprint

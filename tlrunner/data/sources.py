@@ -9,6 +9,7 @@ DIR/IMAGE                 unlabelled images, where those are of use
 import difflib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,10 +48,6 @@ class Source:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __iter__(self) -> Iterator[tuple[str, int, bytes]]:
-        for i, (key, label) in enumerate(zip(self.keys, self.labels, strict=True)):
-            yield key, label, self.read(i)
-
 
 def open_source(uri: str, *, labelled: bool = True) -> Source:
     """List the samples behind a URI, without reading them.
@@ -63,24 +60,42 @@ def open_source(uri: str, *, labelled: bool = True) -> Source:
     scheme, colon, name = uri.partition(":")
     if scheme == "sample" and colon:
         return _open_sample(uri, name)
-    root = local_directory(uri)
-    try:
+    with _reading(uri):
+        root = _source_directory(uri)
         if (root / MANIFEST_NAME).is_file():
             return _open_shards(uri, root, labelled)
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
         return _open_folders(uri, root, folders, labelled)
+
+
+def shards_at(uri: str) -> Path | None:
+    """The directory that a URI names if it holds shards; None for every other source.
+
+    Raises:
+        DataError: there is no directory.
+    """
+    if uri.startswith("sample:"):
+        return None
+    with _reading(uri):
+        root = _source_directory(uri)
+        return root if (root / MANIFEST_NAME).is_file() else None
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Turn what the system refuses into an error about the data."""
+    try:
+        yield
     except OSError as err:
         raise DataError(
-            f"{err.filename} cannot be read: {err.strerror}", "", "check its permissions"
+            f"{err.filename or uri} cannot be read: {err.strerror or err}",
+            "",
+            "check the path and its permissions",
         ) from err
 
 
-def local_directory(uri: str) -> Path:
-    """The directory that a path or file:// URI names.
-
-    Raises:
-        DataError: there is none, or the URI is of another kind.
-    """
+def _source_directory(uri: str) -> Path:
+    """The directory that a path or file:// URI names."""
     path = uri.removeprefix("file://")
     if "://" in path:
         reason = "images in S3 cannot be read yet" if path.startswith("s3:") else "unknown scheme"

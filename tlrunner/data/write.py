@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from tlrunner.data.decode import BadImage, StoredImage, normalise
 from tlrunner.data.index import build_index, write_index
 from tlrunner.data.manifest import VERSION, Manifest, Shard, write_manifest
-from tlrunner.data.order import epoch_order, proportional, sample_ids
+from tlrunner.data.order import epoch_order, limit_rows, sample_ids
 from tlrunner.data.sources import Source
 from tlrunner.data.threads import map_ahead
-from tlrunner.errors import ConfigError, DataError, StorageError
+from tlrunner.errors import DataError, StorageError
 from tlrunner.files import cannot_write, sha256_file, write_with
 
 SCHEMA = pa.schema(
@@ -123,14 +123,7 @@ def _write_all(
 def _shuffled(source: Source, limit: int | None, seed: int) -> list[int]:
     """Sample numbers in the order they are written."""
     ids, labels = sample_ids(source.keys), np.asarray(source.labels, np.int64)
-    rows = np.argsort(ids, kind="stable")
-    if limit is not None and limit < len(rows):
-        classes = np.unique(labels)
-        if limit < len(classes):
-            raise ConfigError(f"data.limit is {limit}", f"at least {len(classes)}, one of a class")
-        of_class = [rows[labels[rows] == label] for label in classes]
-        counts = proportional([len(members) for members in of_class], limit)
-        rows = np.concatenate([of[:count] for of, count in zip(of_class, counts, strict=True)])
+    rows = limit_rows(ids, labels, limit)
     return [int(row) for row in rows[epoch_order(ids[rows], seed, 0)]]
 
 

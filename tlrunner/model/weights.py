@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tlrunner.config import BackboneConfig
 from tlrunner.errors import ConfigError, StorageError
 from tlrunner.files import sha256_file
+from tlrunner.uris import is_weights_file
 
-FILE_SUFFIXES = (".pth", ".pt", ".safetensors")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 CLASSIFIER = re.compile(
@@ -48,8 +48,7 @@ def choose_weights(config: BackboneConfig, weights_file: Path | None = None) -> 
         ConfigError: `weights_sha256` is given for weights that are no file.
         StorageError: the file is not there.
     """
-    is_file = "/" in config.weights or Path(config.weights).suffix in FILE_SUFFIXES
-    if weights_file or is_file:
+    if weights_file or is_weights_file(config.weights):
         path = weights_file or Path(config.weights).expanduser()
         if not path.is_file():
             raise StorageError(f"backbone.weights: there is no file {path}", "", "check the path")

@@ -11,7 +11,7 @@ from typing import Any
 
 from tlrunner.data.manifest import Manifest
 from tlrunner.errors import StorageError
-from tlrunner.files import sha256_text, write_json, write_text
+from tlrunner.files import sha256_text, write_json, write_text, write_with
 from tlrunner.report.page import render_page
 from tlrunner.report.rundir import SUCCESS, RunDir
 from tlrunner.report.summary import Status, leaderboard, leaderboard_csv, summarise
@@ -69,4 +69,4 @@ def copy_bad_images(shards: Path, run: RunDir) -> None:
     """The list of unusable images stands in the run's directory too, where people look."""
     listing = shards / "bad_images.parquet"
     if listing.exists():
-        shutil.copyfile(listing, run.path / listing.name)
+        write_with(run.path / listing.name, lambda copy: shutil.copyfile(listing, copy))

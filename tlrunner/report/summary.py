@@ -41,8 +41,13 @@ def leaderboard_csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["rank"])
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _storable(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _storable(value: Any) -> Any:
+    """Python 3.10 cannot read a NUL back."""
+    return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else value
 
 
 def summarise(
@@ -80,6 +85,7 @@ def _summarise_best(record: TrialRecord) -> dict[str, Any]:
 
 def _flat_config(record: TrialRecord) -> dict[str, Any]:
     tree = record.config.model_dump(mode="json", include=set(SECTIONS))
-    return {
+    searched = {
         f"{section}.{key}": value for section in SECTIONS for key, value in tree[section].items()
     }
+    return {"data.image_size": record.config.data.image_size, **searched}

@@ -41,15 +41,16 @@ class Ema:
                 self.average[name].copy_(tensor)
 
     @contextmanager
-    @torch.no_grad()
     def swapped_in(self) -> Iterator[None]:
         """The model has the averaged weights inside this block."""
         kept = {name: tensor.detach().clone() for name, tensor in self.live.items()}
-        for name, tensor in self.live.items():
-            tensor.copy_(self.average[name])
+        self._overwrite(self.average)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, tensor in self.live.items():
-                    tensor.copy_(kept[name])
+            self._overwrite(kept)
+
+    @torch.no_grad()
+    def _overwrite(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.live.items():
+            tensor.copy_(tensors[name])

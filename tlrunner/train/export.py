@@ -21,7 +21,7 @@ from torch import Tensor
 from tlrunner.config import Preprocess, TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.data.augment import EvalTransform
-from tlrunner.data.decode import encode_png, normalise
+from tlrunner.data.decode import encode_png, normalise, upright_rgb
 from tlrunner.data.manifest import Manifest
 from tlrunner.files import read_json, write_json
 from tlrunner.model.classifier import Classifier, build_classifier
@@ -35,7 +35,9 @@ from tlrunner.train.trial_dir import TrialDir, TrialRecord
 class ImageTransform:
     """An image -> the normalised float tensor (3, H, W) the model expects.
 
-    Takes a path, the bytes of an image file, a PIL image, or a uint8 array (H, W, 3) in RGB.
+    Takes a path, the bytes of an image file, a PIL image, or a uint8 array (H, W, 3) in RGB. All
+    are turned upright and laid on white as the images of a data set are. (Of a plain JPEG, path
+    and bytes are decoded straight to a smaller size, which a PIL image cannot be any more.)
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
@@ -112,5 +114,5 @@ def _stored_bytes(image: Any) -> bytes:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return encode_png(np.asarray(image.convert("RGB")))
+        return encode_png(upright_rgb(image))
     return normalise(image).data

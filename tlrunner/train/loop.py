@@ -63,9 +63,9 @@ class Loop:
         """From now on the stages train as `levels` say; what trained before keeps its moments."""
         self.classifier.set_levels(levels)
         optimizer = build_optimizer(parameter_groups(self.classifier, self.optim), self.optim)
-        if self.optimizer:
-            carry_state(self.optimizer.optimizer, optimizer)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        former, self.optimizer = self.optimizer, self.accelerator.prepare_optimizer(optimizer)
+        if former:  # carried once prepared: preparing moves Adam's step counts to the GPU
+            carry_state(former.optimizer, optimizer)
         if self.train.ema_decay is not None:
             self.ema = self.ema or Ema(self.train.ema_decay)
             self.ema.follow(self.classifier.trainable_state())
@@ -125,7 +125,9 @@ class Loop:
             total += loss.detach()
         if self.optim.max_grad_norm is not None:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
-            self.accelerator.clip_grad_norm_(trained, self.optim.max_grad_norm)
+            # Accelerate's own clipping would unscale the optimizers of earlier phases once more.
+            self.accelerator.unscale_gradients(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, self.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if self.ema:

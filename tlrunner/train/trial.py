@@ -21,10 +21,11 @@ from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import check, levels, phase_starts
-from tlrunner.train.checkpoint import keep_only, write_checkpoint
+from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.feed import Feed, open_data
 from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
+from tlrunner.uris import is_weights_file
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def run_trial(
             best = finished = _keep(record, loop, finished, feed.num_steps * (epoch + 1))
         if record:
             record.append(finished)
+            record.drop_superseded()
         report(finished)
     return TrialResult("completed", best)
 
@@ -112,7 +114,14 @@ def build_accelerator(config: TrialConfig) -> Accelerator:
         keep_freed_memory()
     # A reused worker may have run a trial in another precision; Accelerate remembers the first.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision=config.train.mixed_precision, cpu=on_cpu)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=on_cpu)
+    if accelerator.num_processes > 1:
+        raise ResourceError(
+            f"a trial was started in {accelerator.num_processes} processes",
+            "one process a trial",
+            "start it with python, not with a launcher",
+        )
+    return accelerator
 
 
 def keep_freed_memory() -> None:
@@ -137,9 +146,10 @@ def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, 
     """
     torch.manual_seed(config.train.seed)
     weights = config.backbone.weights
-    is_file = "/" in weights or Path(weights).suffix in (".pth", ".pt", ".safetensors")
     file = (
-        fetch(weights, config.data.cache_dir, config.backbone.weights_sha256) if is_file else None
+        fetch(weights, config.data.cache_dir, config.backbone.weights_sha256)
+        if is_weights_file(weights)
+        else None
     )
     classifier, preprocess = build_classifier(
         config.backbone, config.head, num_classes, config.data.image_size, file
@@ -173,10 +183,9 @@ def _run_epoch(loop: Loop, feed: Feed, epoch: int, started: float) -> EpochRepor
 
 
 def _keep(record: TrialDir | None, loop: Loop, report: EpochReport, step: int) -> EpochReport:
-    """Commit the checkpoint of a new best epoch, then drop the one it replaces."""
+    """Commit the checkpoint of a new best epoch."""
     if record is None:
         return report
     state = {"epoch": report.epoch, "val_acc": report.val_acc, "val_loss": report.val_loss}
     directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state)
-    keep_only(directory)
     return replace(report, checkpoint=directory.name)

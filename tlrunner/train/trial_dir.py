@@ -6,14 +6,17 @@ was not saved. A trial that has neither all its epochs nor an end.json was inter
 
 import json
 import os
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
-from tlrunner.files import cannot_write, read_json, write_json
+from tlrunner.errors import StorageError, TlrunnerError
+from tlrunner.files import cannot_write, read_json, write_json, write_text
+from tlrunner.train.checkpoint import keep_only
 
 State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
 
@@ -33,6 +36,11 @@ class EpochReport:
     checkpoint: str | None  # directory name of this epoch's checkpoint, if it is the best so far
 
 
+def best_of(epochs: Sequence[EpochReport]) -> EpochReport | None:
+    """The first epoch with the highest val_acc; None before the first epoch ends."""
+    return max(epochs, key=lambda report: report.val_acc, default=None)
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """A trial as its directory tells it."""
@@ -45,8 +53,7 @@ class TrialRecord:
 
     @property
     def best(self) -> EpochReport | None:
-        """The first epoch with the highest val_acc; None before the first epoch ends."""
-        return max(self.epochs, key=lambda report: report.val_acc, default=None)
+        return best_of(self.epochs)
 
     @property
     def is_settled(self) -> bool:
@@ -75,8 +82,23 @@ class TrialDir:
         except OSError as err:
             raise cannot_write(path, err) from err
 
+    def drop_superseded(self) -> None:
+        """Remove checkpoints that are no longer the best; only once a better one is recorded."""
+        best = best_of(self._epochs())
+        assert best is not None, "nothing is recorded yet"
+        keep_only(self.best_checkpoint(best))
+
     def end(self, state: State, detail: str = "") -> None:
         write_json(self.path / "end.json", {"state": state, "detail": detail})
+
+    def fail(self, error: BaseException) -> None:
+        """Leave one line for the leaderboard, and the traceback for whoever mends it."""
+        named = "" if isinstance(error, TlrunnerError) else f"{type(error).__name__}: "
+        try:
+            write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
+            self.end("failed", " ".join(f"{named}{error}".split())[:500])
+        except StorageError as err:
+            raise error from err  # the disk that fails is often what failed the trial
 
     def best_checkpoint(self, report: EpochReport) -> Path:
         assert report.checkpoint is not None, "a best epoch always has a checkpoint"

@@ -35,7 +35,10 @@ def estimate_costs(
     measured: dict[str, tuple[float, float, int, int]] = {}
     costs = []
     for trial in trials:
-        architecture = repr((trial.backbone, trial.freeze, trial.head, trial.data.image_size))
+        keys = (trial.backbone, trial.freeze, trial.head, trial.data.image_size)
+        architecture = repr(
+            (*keys, trial.optim.optimizer, trial.train.ema_decay, trial.train.epochs)
+        )
         if architecture not in measured:
             measured[architecture] = _measure(trial, num_classes)
         train_seconds, val_seconds, fixed_bytes, image_bytes = measured[architecture]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from tlrunner.config import ResourceConfig, TrialConfig
 from tlrunner.data.order import sample_ids, split_rows
 from tlrunner.data.sources import Source
 from tlrunner.errors import ConfigError, ResourceError
-from tlrunner.jobconfig import JobConfig
+from tlrunner.jobconfig import JobConfig, SearchConfig
 from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
 from tlrunner.tune.estimate import Cost, estimate_costs
@@ -32,7 +33,27 @@ def check_search(job: JobConfig) -> list[PlannedTrial]:
     trials = planned_trials(job)
     for trial in trials:
         check_trial(trial.config)
+    grace_epochs, longest = job.search.grace_epochs, most_epochs(job)
+    if grace_epochs is not None and grace_epochs > longest:
+        raise ConfigError(
+            f"search.grace_epochs is {grace_epochs}", f"1..{longest}, a trial's epochs"
+        )
     return trials
+
+
+def count_trials(search: SearchConfig, trials: Sequence[PlannedTrial]) -> int:
+    """How many trials will run; TPE plans none beforehand, and a small space has few points."""
+    if search.algorithm != "tpe":
+        return len(trials)
+    assert search.num_trials is not None, "the config fills in num_trials"
+    return search.num_trials
+
+
+def most_epochs(job: JobConfig) -> int:
+    """The most epochs that a trial of the search can have."""
+    values = [value for entry in job.search.space.get("train.epochs", ()) for value in entry.values]
+    longest = int(max(values)) if values else job.train.epochs
+    return min(longest, job.search.max_epochs or longest)
 
 
 def check_trial(config: TrialConfig) -> None:
@@ -43,32 +64,41 @@ def check_trial(config: TrialConfig) -> None:
         raise ConfigError("train.mixed_precision is fp16, which needs a GPU", "no, bf16 (on CPUs)")
 
 
-def grant(resources: ResourceConfig, num_cpus: int, num_gpus: int, where: str) -> ResourceConfig:
+@dataclass(frozen=True)
+class Machine:
+    """What a trial could get of one machine or node."""
+
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.cpus} CPUs and {self.gpus} GPUs"
+
+
+def grant(resources: ResourceConfig, machines: Sequence[Machine]) -> ResourceConfig:
     """The resources of a trial, with everything left open decided by what there is.
 
     Raises:
-        ResourceError: more is asked for than `where` has.
+        ResourceError: no single machine has what is asked for.
     """
-    gpus = resources.gpus_per_worker
+    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     if gpus is None:
-        gpus = min(1, num_gpus)
-    for key, asked, most in (
-        ("cpus_per_worker", resources.cpus_per_worker, num_cpus),
-        ("gpus_per_worker", gpus, num_gpus),
-    ):
-        if asked > most:
-            raise ResourceError(
-                f"resources.{key} is {asked}, {where} has {num_cpus} CPUs and {num_gpus} GPUs",
-                f"at most {most}",
-                "ask for less, or use a larger machine",
-            )
+        gpus = int(any(machine.cpus >= cpus and machine.gpus >= 1 for machine in machines))
+    if not any(machine.cpus >= cpus and machine.gpus >= gpus for machine in machines):
+        kinds = sorted({str(machine) for machine in machines})
+        raise ResourceError(
+            f"resources.cpus_per_worker is {cpus} and resources.gpus_per_worker is {gpus}, which "
+            "no machine here has",
+            " or ".join(f"at most {kind}" for kind in kinds[:3]) or "no machine is there",
+            "ask for less, or use a larger machine",
+        )
     return resources.model_copy(update={"gpus_per_worker": gpus})
 
 
 def grant_here(resources: ResourceConfig) -> ResourceConfig:
     """What a trial gets in this process."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return grant(resources, os.cpu_count() or 1, num_gpus, "this machine")
+    return grant(resources, [Machine(os.cpu_count() or 1, num_gpus)])
 
 
 def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, out: Console) -> None:
@@ -94,7 +124,7 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
         [trial.config for trial in trials], len(source.class_names), num_train, num_val
     )
     _show_trials(trials, costs, out)
-    num_trials = (job.search.num_trials if isinstance(job, JobConfig) else None) or len(trials)
+    num_trials = count_trials(job.search, trials) if isinstance(job, JobConfig) else 1
     seconds = sum(cost.seconds for cost in costs) * num_trials / len(trials) / concurrent
     longest = max(cost.seconds for cost in costs)
     out.print(

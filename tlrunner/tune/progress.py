@@ -87,7 +87,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         row = self.rows[trial.trial_id]
         directory = TrialDir(self.trials_dir / row.planned.trial_id)
         row.state = directory.read().state
-        if row.state == "interrupted":  # by the scheduler or the budget, so it is at its end
+        if row.state == "interrupted":  # by the scheduler, so it is at its end
             row.state = "stopped"
             directory.end("stopped")
         self._say(row)

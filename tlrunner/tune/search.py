@@ -16,15 +16,19 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from tlrunner.config import ResourceConfig
+from tlrunner.errors import ResourceError, StorageError
 from tlrunner.jobconfig import JobConfig, SearchConfig
-from tlrunner.tune.plan import grant
+from tlrunner.train.trial_dir import TrialDir
+from tlrunner.tune.plan import Machine, grant, most_epochs
 from tlrunner.tune.progress import Progress
-from tlrunner.tune.space import PlannedTrial, planned_points, suggest_point
+from tlrunner.tune.space import planned_points, suggest_point
 from tlrunner.tune.trainable import build_trainable
 
 # Ray reads these when it starts: the project has its own table, its own records and its own way to
@@ -39,14 +43,26 @@ RAY_SETTINGS = {
 
 @contextmanager
 def connected_to_ray(log_level: str) -> Iterator[None]:
-    """The cluster that RAY_ADDRESS or this machine has, or else a local one, inside this block."""
+    """The cluster that RAY_ADDRESS or this machine has, or else a local one, inside this block.
+
+    Raises:
+        ResourceError: there is one, and it cannot be reached.
+    """
     os.environ.update(RAY_SETTINGS)
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        include_dashboard=False,
-        log_to_driver=log_level == "debug",
-        logging_level=log_level.upper() if log_level == "debug" else "ERROR",
-    )
+    try:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=log_level == "debug",
+            logging_level="DEBUG" if log_level == "debug" else "ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError, RayError) as err:
+        raise ResourceError(
+            f"no connection to the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: "
+            f"{str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__}",
+            "",
+            "check RAY_ADDRESS, the token (RAY_AUTH_MODE, ~/.ray/auth_token) and the versions",
+        ) from err
     # Ray's own SIGTERM handlers exit or abort at once; the one before ends the run in order.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
@@ -62,23 +78,56 @@ def granted_resources(resources: ResourceConfig) -> ResourceConfig:
         ResourceError: no node can ever hold one trial.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most_cpus = int(max(node.get("CPU", 0) for node in nodes))
-    most_gpus = int(max(node.get("GPU", 0) for node in nodes))
-    return grant(resources, most_cpus, most_gpus, f"the largest of {len(nodes)} nodes")
+    return grant(
+        resources,
+        [Machine(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes],
+    )
+
+
+def check_shared(run_dir: Path) -> None:
+    """Check that every node sees the run's directory, to which its trials would write.
+
+    Raises:
+        StorageError: a node does not.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    sees = ray.remote(num_cpus=0)(lambda path: Path(path).is_file())
+    seen = [
+        sees.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(run_dir / "run.json"))
+        for node in nodes
+    ]
+    blind = [
+        node["NodeName"] for node, is_seen in zip(nodes, ray.get(seen), strict=True) if not is_seen
+    ]
+    if blind:
+        raise StorageError(
+            f"{run_dir} is not seen from {len(blind)} of {len(nodes)} nodes, e.g. {blind[0]}",
+            "a directory that all nodes share",
+            "choose it with --out",
+        )
 
 
 def run_search(
-    job: JobConfig, trials: list[PlannedTrial], run_dir: Path, shards: Path, console: Console
+    job: JobConfig, num_trials: int, num_settled: int, run_dir: Path, shards: Path, console: Console
 ) -> None:
     """Run every trial of a search to its end; results are in `run_dir`/trials/.
 
     The trials were checked, the images prepared and Ray connected by the caller.
+
+    Args:
+        num_settled: trials that ended before this run was continued. TPE asks for the others only,
+            and starts its model anew.
     """
     trials_dir = run_dir / "trials"
-    num_trials = job.search.num_trials or len(trials)
-    most_epochs = max(trial.config.train.epochs for trial in trials)
     resources = {"cpu": job.resources.cpus_per_worker, "gpu": job.resources.gpus_per_worker}
     ray_dir = run_dir / ".ray"
+    num_asked = num_trials - num_settled if job.search.algorithm == "tpe" else 1
+    if num_asked <= 0:
+        return
     with Progress(job, trials_dir, num_trials, console) as progress:
         tuner = tune.Tuner(
             tune.with_resources(build_trainable(job, trials_dir, shards), resources),
@@ -86,9 +135,9 @@ def run_search(
             tune_config=tune.TuneConfig(
                 metric="val_acc",
                 mode="max",
-                search_alg=_searcher(job),
-                scheduler=_scheduler(job.search, job.search.max_epochs or most_epochs),
-                num_samples=num_trials if job.search.algorithm == "tpe" else 1,
+                search_alg=_searcher(job, num_settled),
+                scheduler=_scheduler(job.search, most_epochs(job)),
+                num_samples=num_asked,
                 max_concurrent_trials=job.search.max_concurrent_trials,
                 time_budget_s=job.search.time_budget_seconds,
                 reuse_actors=True,
@@ -105,6 +154,15 @@ def run_search(
             tuner.fit()
         finally:
             shutil.rmtree(ray_dir, ignore_errors=True)  # Ray's pickles, which nothing reads again
+    _end_stopped(trials_dir)
+
+
+def _end_stopped(trials_dir: Path) -> None:
+    """Trials that a time budget ended: Ray tells its callbacks nothing of these."""
+    for begun in trials_dir.glob("*/config.json"):
+        directory = TrialDir(begun.parent)
+        if directory.read().state == "interrupted":
+            directory.end("stopped")
 
 
 def _param_space(job: JobConfig) -> dict[str, Any]:
@@ -115,20 +173,23 @@ def _param_space(job: JobConfig) -> dict[str, Any]:
     return {"trial": tune.grid_search(trials)}
 
 
-def _searcher(job: JobConfig) -> OptunaSearch | None:
+def _searcher(job: JobConfig, first_index: int) -> OptunaSearch | None:
     if job.search.algorithm != "tpe":
         return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
-        space=partial(_suggested, job),  # Ray saves its searchers, and a lambda cannot be saved
+        space=partial(
+            _suggested, job, first_index
+        ),  # Ray saves its searchers, and a lambda cannot be saved
         metric="val_acc",
         mode="max",
-        sampler=optuna.samplers.TPESampler(seed=job.search.seed),
+        sampler=optuna.samplers.TPESampler(seed=(job.search.seed or 0) + first_index),
     )
 
 
-def _suggested(job: JobConfig, trial: optuna.Trial) -> dict[str, Any]:
-    return {"trial": {"index": trial.number, "point": suggest_point(job, trial)}}
+def _suggested(job: JobConfig, first_index: int, trial: optuna.Trial) -> dict[str, Any]:
+    index = first_index + trial.number
+    return {"trial": {"index": index, "point": suggest_point(job, trial)}}
 
 
 def _scheduler(search: SearchConfig, most_epochs: int) -> TrialScheduler | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from pydantic import TypeAdapter, ValidationError
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import config_hash, get_value, with_values
@@ -160,7 +161,7 @@ def _grid_points(job: JobConfig) -> Iterator[Point]:
 def _holds(when: Mapping[str, Any], point: Point, base: TrialConfig) -> bool:
     for key, wanted in when.items():
         value = point[key] if key in point else get_value(base, key)
-        if value not in (wanted if isinstance(wanted, list | tuple) else (wanted,)):
+        if value not in _listed(wanted):
             return False
     return True
 
@@ -193,7 +194,8 @@ def _ordered_keys(job: JobConfig) -> list[str]:
 def _check_keys(job: JobConfig) -> None:
     base = job.trial()
     for key, entries in job.search.space.items():
-        for searched in [key, *(other for entry in entries for other in entry.when)]:
+        conditions = [pair for entry in entries for pair in entry.when.items()]
+        for searched in [key, *(other for other, _ in conditions)]:
             try:
                 get_value(base, searched)
             except ConfigError as err:
@@ -206,4 +208,33 @@ def _check_keys(job: JobConfig) -> None:
                 "can be compared",
                 "keys of backbone, freeze, head, optim, train, augment, and data.image_size",
             )
+        for other, wanted in conditions:
+            for value in _listed(wanted):
+                _check_condition(job, key, other, value)
     _ordered_keys(job)
+
+
+def _check_condition(job: JobConfig, key: str, other: str, value: Any) -> None:
+    """A condition that no trial can meet is a mistake, mostly of spelling."""
+    section, _, field = other.partition(".")
+    kind = type(getattr(job, section)).model_fields[field].rebuild_annotation()
+    entries = job.search.space.get(other, ())
+    listed = [choice for entry in entries for choice in entry.values]
+    is_listed = bool(entries) and all(entry.kind in ("choice", "grid") for entry in entries)
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as err:
+        raise ConfigError(
+            f"search.space: '{key}' is searched when {other} is {value!r}, which it cannot be",
+            str(err.errors()[0]["msg"]).removeprefix("Input should be ").replace("'", ""),
+        ) from err
+    if is_listed and value not in listed:
+        raise ConfigError(
+            f"search.space: '{key}' is searched when {other} is {value!r}, which is not among its "
+            "values",
+            ", ".join(str(choice) for choice in listed),
+        )
+
+
+def _listed(wanted: Any) -> tuple[Any, ...]:
+    return tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)

@@ -1,6 +1,5 @@
 """What Ray runs in a worker: one trial after another, each from its point to its end."""
 
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +7,6 @@ from typing import Any
 
 from ray import tune
 
-from tlrunner.errors import StorageError, TlrunnerError
-from tlrunner.files import write_text
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
@@ -40,17 +37,7 @@ def build_trainable(
         try:
             run_trial(planned.config, report, trial_dir=directory, shards=shards)
         except Exception as err:  # the border: whatever it is, the trial's directory says so
-            record_failure(directory, err)
+            TrialDir(directory).fail(err)
             raise
 
     return trainable
-
-
-def record_failure(directory: Path, error: BaseException) -> None:
-    """Leave one line for the leaderboard and the traceback for whoever mends it."""
-    line = str(error) if isinstance(error, TlrunnerError) else f"{type(error).__name__}: {error}"
-    try:
-        write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
-        TrialDir(directory).end("failed", " ".join(line.split())[:500])
-    except StorageError as err:
-        raise error from err  # the disk that fails is often what failed the trial
