@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def at_the_border(run: Callable[[], int]) -> int:
-    """Run something; an error becomes one line and its exit code, with the traceback in the log."""
+    """Run something; an error becomes one line and its exit code, with the traceback in the log.
+
+    A bug's traceback is shown as well: who sees it is to report it.
+    """
     _log_to_terminal("info")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -91,7 +94,7 @@ def at_the_border(run: Callable[[], int]) -> int:
         return InterruptedRun.exit_code
     except BrokenPipeError:
         return 0  # whoever read the output has seen enough
-    except Exception as err:  # a bug ends in a line as well
+    except Exception as err:
         log.critical("unexpected %s: %s", type(err).__name__, err, exc_info=err)
         return UNEXPECTED
     finally:

@@ -53,6 +53,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
         return _show_finished(run, out)
 
     # -- Images, then trials -----------------------------------------------------------------------
+    # Imported here, since the other jobs need no Ray and start the sooner for it.
     from tlrunner.tune.search import check_shared, connected_to_ray, granted_resources, run_search
 
     interrupted = False

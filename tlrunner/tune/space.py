@@ -9,9 +9,8 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 from pydantic import TypeAdapter, ValidationError
 
 from tlrunner.config import TrialConfig
@@ -19,6 +18,9 @@ from tlrunner.configfile import config_hash, get_value, with_values
 from tlrunner.errors import ConfigError
 from tlrunner.files import canonical_json
 from tlrunner.jobconfig import Distribution, JobConfig
+
+if TYPE_CHECKING:
+    import optuna
 
 Point = dict[str, Any]
 Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value from it
@@ -84,7 +86,7 @@ def random_point(job: JobConfig, attempt: int) -> Point:
     )
 
 
-def suggest_point(job: JobConfig, trial: optuna.Trial) -> Point:
+def suggest_point(job: JobConfig, trial: "optuna.Trial") -> Point:
     """A point whose values Optuna suggests."""
 
     def ask(name: str, entry: Distribution) -> Any:
