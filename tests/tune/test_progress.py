@@ -60,6 +60,14 @@ def search(tiny_tree: dict[str, Any], tmp_path: Path, write_trial: WriteTrial) -
     return Search(tiny_tree, tmp_path, write_trial)
 
 
+def test_a_trial_that_could_not_start_is_a_failed_one(search: Search) -> None:
+    search.progress.rows.clear()
+    search.progress.on_trial_error(0, [], search.trial)
+    record = search.directory.read()
+    assert (record.state, record.detail) == ("failed", "its process died or could not start")
+    assert search.lines[-1].endswith("failed")
+
+
 def test_a_log_has_one_line_an_epoch_and_the_best_so_far(search: Search) -> None:
     search.report(1, 0.75)
     search.report(2, 0.5)

@@ -71,20 +71,19 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
             self.live.stop()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        planned = planned_trial(self.job, trial.config)
-        self.rows[trial.trial_id] = Row(planned)
+        self._row(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        row = self.rows[trial.trial_id]
+        row = self._row(trial)
         row.epoch, row.seconds = result["epoch"], result["seconds"]
         row.val_acc = max(row.val_acc or 0.0, result["val_acc"])
         if row.epoch < row.planned.config.train.epochs:  # the last one is said with the end
             self._say(row)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        row = self.rows[trial.trial_id]
+        row = self._row(trial)
         directory = TrialDir(self.trials_dir / row.planned.trial_id)
         row.state = directory.read().state
         if row.state == "interrupted":  # by the scheduler, so it is at its end
@@ -93,19 +92,25 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self._say(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        row = self.rows[trial.trial_id]
+        row = self._row(trial)
         row.state = "failed"
         directory = TrialDir(self.trials_dir / row.planned.trial_id)
         if not (directory.path / "end.json").exists():
             self._record_death(directory, row.planned)
         self._say(row)
 
+    def _row(self, trial: Any) -> Row:
+        """A trial whose worker cannot even start ends without having started."""
+        if trial.trial_id not in self.rows:
+            self.rows[trial.trial_id] = Row(planned_trial(self.job, trial.config))
+        return self.rows[trial.trial_id]
+
     def _record_death(self, directory: TrialDir, planned: PlannedTrial) -> None:
         """A trial whose process was killed could not say so itself."""
         failed: State = "failed"
         try:
             directory.begin(planned.config)
-            directory.end(failed, "its process died; the node may have run out of memory")
+            directory.end(failed, "its process died or could not start")
         except TlrunnerError as err:
             self.console.print(f"trial {planned.trial_id}: {err}")
 
