@@ -8,8 +8,8 @@ backward, step. It is measured twice: reading its batches from the same loader, 
 in memory, decoded. Prints medians of images/s, ratios to the bare loops, and peak memory.
 
 Measured on 2 CPU cores, EfficientNet-Lite0, 160 px, `freeze.strategy=full`, one thread, 9 rounds:
-1.38 times the speed of the bare loop with the same loader (1.18 to 1.77), 1.23 times that of the one
-in memory (1.07 to 1.34), with 1.03 times its peak memory. The gain is `keep_freed_memory`.
+1.38 times the speed of the bare loop with the same loader (1.18 to 1.77), 1.23 times that of the
+one in memory (1.07 to 1.34), at 1.03 times its peak memory. The gain is `keep_freed_memory`.
 """
 
 import multiprocessing
