@@ -6,11 +6,11 @@
 
 Measured with the search in tune_flowers.yaml, 6 trials, on 2 CPU cores without a GPU:
 
-    3,264 photos of 5 flowers   val_acc 0.949 (652 photos), lp_ft, 14 minutes beside other work
+    3,264 photos of 5 flowers   val_acc 0.949 (652 photos), lp_ft, 11 minutes
     sample:flowers, 600 drawn   val_acc 0.967 (120 images), lp_ft, 162 seconds
 
-One seed each; on the photos the best `last_stages 1` reached 0.937 and the best `head` 0.905 before
-it was stopped.
+One seed each; run twice, the photos gave the same leaderboard. On them the best
+`last_stages 1` reached 0.937, and the best `head` 0.905 before it was stopped.
 Did not help: stopping after one epoch (`grace_epochs: 1`), which ends `lp_ft` in its frozen phase.
 """
 
