@@ -17,9 +17,7 @@ TRAINED_BY_DEFAULT = [
     *("alexnet", "resnet18", "squeezenet1_1", "mobilenet_v3_small"),
     *("shufflenet_v2_x0_5", "mnasnet0_5", "regnet_y_400mf", "efficientnet_b0"),
 ]
-# 0.6 to 2.6 GB of parameters, whose families have smaller members: built without memory, not run.
-TOO_BIG = ["vit_h_14", "vit_l_16", "vit_l_32", "regnet_y_128gf", "convnext_large"]
-TRAINED_SLOWLY = [name for name in ALL if name not in {*TRAINED_BY_DEFAULT, *TOO_BIG}]
+TRAINED_SLOWLY = [name for name in ALL if name not in TRAINED_BY_DEFAULT]
 
 
 NUM_STAGES = {
