@@ -21,7 +21,7 @@ from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import check, levels, phase_starts
-from tlrunner.train.checkpoint import write_checkpoint
+from tlrunner.train.checkpoint import keep_only, write_checkpoint
 from tlrunner.train.feed import Feed, open_data
 from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
@@ -88,7 +88,8 @@ def run_trial(
             best = finished = _keep(record, loop, finished, feed.num_steps * (epoch + 1))
         if record:
             record.append(finished)
-            record.drop_superseded()
+            if finished is best:  # recorded as such, so the one it replaces can go
+                keep_only(record.best_checkpoint(best))
         report(finished)
     return TrialResult("completed", best)
 

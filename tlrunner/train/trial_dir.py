@@ -7,7 +7,7 @@ was not saved. A trial that has neither all its epochs nor an end.json was inter
 import json
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.files import cannot_write, read_json, write_json, write_text
-from tlrunner.train.checkpoint import keep_only
 
 State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
 
@@ -36,11 +35,6 @@ class EpochReport:
     checkpoint: str | None  # directory name of this epoch's checkpoint, if it is the best so far
 
 
-def best_of(epochs: Sequence[EpochReport]) -> EpochReport | None:
-    """The first epoch with the highest val_acc; None before the first epoch ends."""
-    return max(epochs, key=lambda report: report.val_acc, default=None)
-
-
 @dataclass(frozen=True)
 class TrialRecord:
     """A trial as its directory tells it."""
@@ -53,7 +47,8 @@ class TrialRecord:
 
     @property
     def best(self) -> EpochReport | None:
-        return best_of(self.epochs)
+        """The first epoch with the highest val_acc; None before the first epoch ends."""
+        return max(self.epochs, key=lambda report: report.val_acc, default=None)
 
     @property
     def is_settled(self) -> bool:
@@ -81,12 +76,6 @@ class TrialDir:
                 os.fsync(file.fileno())
         except OSError as err:
             raise cannot_write(path, err) from err
-
-    def drop_superseded(self) -> None:
-        """Remove checkpoints that are no longer the best; only once a better one is recorded."""
-        best = best_of(self._epochs())
-        assert best is not None, "nothing is recorded yet"
-        keep_only(self.best_checkpoint(best))
 
     def end(self, state: State, detail: str = "") -> None:
         write_json(self.path / "end.json", {"state": state, "detail": detail})

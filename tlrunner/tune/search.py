@@ -178,9 +178,8 @@ def _searcher(job: JobConfig, first_index: int) -> OptunaSearch | None:
         return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return OptunaSearch(
-        space=partial(
-            _suggested, job, first_index
-        ),  # Ray saves its searchers, and a lambda cannot be saved
+        # Ray saves its searchers, and a lambda cannot be saved.
+        space=partial(_suggested, job, first_index),
         metric="val_acc",
         mode="max",
         sampler=optuna.samplers.TPESampler(seed=(job.search.seed or 0) + first_index),
