@@ -35,6 +35,8 @@ class Source:
         fingerprint: hash that changes when the samples do, found without reading them.
         num_bytes: of all image files together; 0 where nothing is stored yet.
         read: sample number -> bytes of its image file; may raise OSError.
+        splits: of each sample what its source says of it: train, val, test, or "" where it says
+            nothing; empty if it says nothing of any.
     """
 
     uri: str
@@ -44,6 +46,7 @@ class Source:
     fingerprint: str
     num_bytes: int
     read: Callable[[int], bytes]
+    splits: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
