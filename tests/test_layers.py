@@ -20,7 +20,7 @@ RANKS = [
     {"cli"},
 ]
 RANK_OF = {layer: rank for rank, layers in enumerate(RANKS) for layer in layers}
-HOME_OF = {"ray": "tlrunner.tune", "accelerate": "tlrunner.train", "boto3": "tlrunner.data.store"}
+HOME_OF = {"ray": "tlrunner.tune", "accelerate": "tlrunner.train", "boto3": "tlrunner.data.s3"}
 HOME_OF["botocore"] = HOME_OF["boto3"]
 
 

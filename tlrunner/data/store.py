@@ -1,104 +1,158 @@
-"""Single files from anywhere: a path, file:// or s3://. The only module that knows S3.
+"""Files in a directory or below an S3 prefix, behind the same verbs: list, read, put, delete.
 
-Credentials, region and endpoint come from the environment, as for every AWS client
-(AWS_PROFILE, AWS_ENDPOINT_URL_S3 and so on); none of it ever appears in an error.
+`fetch.open_store` gives one from a URI; `s3` holds the other kind.
 """
 
 import hashlib
-from pathlib import Path, PurePosixPath
-from typing import Any
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from tlrunner.errors import StorageError
-from tlrunner.files import sha256_file, write_with
-
-_SCHEMES = "a path, file://PATH or s3://BUCKET/KEY"
-_ATTEMPTS = 3
-_BLOCK_BYTES = 8 << 20
+from tlrunner.files import cannot_write, write_with
 
 
-def fetch(uri: str, cache_dir: str | Path, sha256: str | None = None) -> Path:
-    """A local path to the file that a URI names; S3 objects are downloaded once.
+@dataclass(frozen=True)
+class Entry:
+    """A file in a store: its name below the store's URI, and its size."""
 
-    `sha256`: hex digest that the file must have.
+    name: str
+    num_bytes: int
 
-    Raises:
-        StorageError: it cannot be had, or is not the file that was meant.
+
+@dataclass(frozen=True)
+class Part:
+    """A range of a file, and the SHA-256 its bytes must have where that is known."""
+
+    start: int
+    num_bytes: int
+    sha256: str | None = None
+
+
+class Store(Protocol):
+    """A directory or an S3 prefix. Names are relative to it, with `/` between their parts.
+
+    Every method raises StorageError where the store cannot be reached or refuses, and `read`
+    raises FileNotFoundError where the file does not exist.
     """
-    scheme, separator, rest = uri.partition("://")
-    if separator and scheme not in ("file", "s3"):
-        raise StorageError(f"'{uri}' cannot be read", _SCHEMES)
-    if scheme == "s3" and separator:
-        return _fetch_s3(uri, rest, Path(cache_dir).expanduser(), sha256)
-    path = Path(rest if separator else uri).expanduser()
-    if not path.is_file():
-        raise StorageError(f"{path} is not a file", _SCHEMES, "check the path")
-    _check_digest(uri, path, sha256)
-    return path
+
+    @property
+    def uri(self) -> str: ...
+
+    def list(self) -> list[Entry]:
+        """Every file at any depth, by name."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        ...
+
+    def read(self, name: str, part: Part | None = None) -> bytes:
+        """A range of a file, all of it by default."""
+        ...
+
+    def put(self, name: str, path: Path) -> None:
+        """Make the local file `path` the file `name`, whole or not at all; `path` may be moved."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is not there is no error."""
+        ...
 
 
-def _fetch_s3(uri: str, rest: str, cache_dir: Path, sha256: str | None) -> Path:
-    from botocore.exceptions import BotoCoreError, ClientError
+@dataclass(frozen=True)
+class LocalStore:
+    """A directory."""
 
-    bucket, _, key = rest.partition("/")
-    if not bucket or not key or key.endswith("/"):
-        raise StorageError(f"'{uri}' names no object", "s3://BUCKET/KEY")
-    try:
-        client = _client()
-        etag = client.head_object(Bucket=bucket, Key=key)["ETag"]
-        # an object that is replaced gets another ETag, and so another place here
-        version = hashlib.sha256(f"{uri}\n{etag}".encode()).hexdigest()[:32]
-        path = cache_dir / "fetched" / version / PurePosixPath(key).name
-        if not path.is_file():
-            write_with(path, lambda temporary: _download(client, bucket, key, etag, temporary, uri))
-    except ClientError as err:
-        response = err.response
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", "")
-        raise _unreachable(uri, f"{response['Error'].get('Code', '')} (HTTP {status})") from err
-    except (BotoCoreError, ValueError) as err:
-        raise _unreachable(uri, type(err).__name__) from err
-    _check_digest(uri, path, sha256)
-    return path
+    root: Path
 
+    @property
+    def uri(self) -> str:
+        return str(self.root)
 
-def _client() -> Any:
-    import boto3  # here, as it takes longer to import than most uses of this module take
-    from botocore.config import Config
+    def path(self, name: str) -> Path:
+        """Where a file lies, so that it can be read without a copy."""
+        return self.root / name
 
-    retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
-    return boto3.client("s3", config=Config(retries=retries, connect_timeout=10, read_timeout=60))
+    def list(self) -> list[Entry]:
+        found = []
+        for path in self.root.rglob("*"):
+            name = path.relative_to(self.root).as_posix()
+            num_bytes = self.size(name)
+            if num_bytes is not None:
+                found.append(Entry(name, num_bytes))
+        return sorted(found, key=lambda entry: entry.name)
 
-
-def _download(client: Any, bucket: str, key: str, etag: str, path: Path, uri: str) -> None:
-    """Write an object to a file, going on where a broken connection stopped."""
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    for attempt in range(_ATTEMPTS):
-        done = path.stat().st_size if attempt else 0
-        wanted = {"Range": f"bytes={done}-"} if done else {}
-        body = client.get_object(Bucket=bucket, Key=key, IfMatch=etag, **wanted)["Body"]
+    def size(self, name: str) -> int | None:
+        path = self.path(name)
         try:
-            with path.open("ab" if done else "wb") as file:
-                for block in body.iter_chunks(_BLOCK_BYTES):
-                    file.write(block)
-            return
-        except (HTTPClientError, IncompleteReadError):
-            continue  # retried by botocore before the first byte only
-    raise _unreachable(uri, f"the connection broke {_ATTEMPTS} times")
+            return path.stat().st_size if path.is_file() else None
+        except FileNotFoundError:  # removed in between
+            return None
+        except OSError as err:
+            raise _cannot_read(path, err) from err
+
+    def read(self, name: str, part: Part | None = None) -> bytes:
+        path = self.path(name)
+        try:
+            with path.open("rb") as file:
+                if part is None:
+                    return file.read()
+                file.seek(part.start)
+                content = file.read(part.num_bytes)
+        except FileNotFoundError:
+            raise
+        except OSError as err:
+            raise _cannot_read(path, err) from err
+        if not is_right(content, part):
+            raise unreachable(str(path), WRONG_BYTES)
+        return content
+
+    def put(self, name: str, path: Path) -> None:
+        target = self.path(name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.stat().st_dev != target.parent.stat().st_dev:
+                write_with(target, lambda copy: shutil.copyfile(path, copy))
+                return
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(target)
+        except OSError as err:
+            raise cannot_write(target, err) from err
+
+    def delete(self, name: str) -> None:
+        path = self.path(name)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as err:
+            raise cannot_write(path, err) from err
 
 
-def _check_digest(uri: str, path: Path, sha256: str | None) -> None:
-    if sha256 is None:
-        return
-    found = sha256_file(path)
-    if found != sha256.lower():
-        raise StorageError(
-            f"'{uri}' has SHA-256 {found}", sha256, "check that the URI names the right file"
+WRONG_BYTES = "its bytes are not those that were written"
+
+
+def is_right(content: bytes, part: Part | None) -> bool:
+    """Whether bytes are those of a part, as far as is known of it."""
+    if part is None:
+        return True
+    is_whole = len(content) == part.num_bytes
+    return is_whole and part.sha256 in (None, hashlib.sha256(content).hexdigest())
+
+
+def unreachable(uri: str, why: str) -> StorageError:
+    """The one line about a place that cannot be used."""
+    if uri.startswith("s3://"):
+        valid = "a place that the AWS settings in the environment may use"
+        return StorageError(
+            f"'{uri}' cannot be read or written: {why}",
+            valid,
+            "check the URI, the credentials, the region and the endpoint",
         )
+    return StorageError(f"'{uri}' cannot be read: {why}", "", "check the path and its permissions")
 
 
-def _unreachable(uri: str, why: str) -> StorageError:
-    return StorageError(
-        f"'{uri}' cannot be read: {why}",
-        "an object that the AWS settings in the environment may read",
-        "check the URI, the credentials and the endpoint",
-    )
+def _cannot_read(path: Path, err: OSError) -> StorageError:
+    return unreachable(str(path), err.strerror or type(err).__name__)

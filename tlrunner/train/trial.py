@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from tlrunner.config import Preprocess, TrialConfig
-from tlrunner.data.store import fetch
+from tlrunner.data.fetch import fetch
 from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.model.classifier import Classifier, build_classifier

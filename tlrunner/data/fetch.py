@@ -1,0 +1,131 @@
+"""From a URI to a store or a file: `open_store`, `download` in ranges, `fetch` once and for all."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tlrunner.data.s3 import S3Store
+from tlrunner.data.store import LocalStore, Part, Store, unreachable
+from tlrunner.errors import StorageError
+from tlrunner.files import sha256_file, write_with
+
+RANGE_BYTES = 8 << 20
+NUM_THREADS = 16  # requests under way at once, for one file
+_BUCKET = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def open_store(uri: str) -> LocalStore | S3Store:
+    """The store at a path, file:// or s3:// URI; nothing is looked at yet.
+
+    Raises:
+        StorageError: another scheme, or no bucket.
+    """
+    if "://" not in uri or uri.startswith("file://"):
+        return LocalStore(Path(uri.removeprefix("file://")).expanduser().absolute())
+    bucket, prefix = _split_s3(uri)
+    return S3Store(bucket, prefix.strip("/"))
+
+
+def download(store: Store, name: str, path: Path, parts: Iterable[Part]) -> None:
+    """Write ranges of a file to their places in `path`, which may hold others of them already.
+
+    Raises:
+        FileNotFoundError, StorageError: see `Store.read`.
+        OSError: `path` cannot be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def one(part: Part) -> None:
+        _write_at(descriptor, store.read(name, part), part.start)
+
+    pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tlrunner-fetch")
+    try:
+        for _ in pool.map(one, parts):
+            pass
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        os.close(descriptor)
+
+
+def ranges(num_bytes: int) -> list[Part]:
+    """A whole file in ranges of 8 MiB."""
+    starts = range(0, num_bytes, RANGE_BYTES)
+    return [Part(start, min(RANGE_BYTES, num_bytes - start)) for start in starts]
+
+
+def fetch(uri: str, cache_dir: str | Path, sha256: str | None = None) -> Path:
+    """A local path to the file that a URI names; S3 objects are downloaded once.
+
+    `sha256`: hex digest that the file must have.
+
+    Raises:
+        StorageError: it cannot be had, or is not the file that was meant.
+    """
+    if "://" not in uri or uri.startswith("file://"):
+        path = Path(uri.removeprefix("file://")).expanduser()
+        if not path.is_file():
+            raise StorageError(
+                f"{path} is not a file", "a path, file://PATH or s3://BUCKET/KEY", "check the path"
+            )
+    else:
+        path = _fetch_s3(uri, Path(cache_dir).expanduser())
+    found = sha256_file(path) if sha256 else None
+    if sha256 and found != sha256.lower():
+        raise StorageError(
+            f"'{uri}' has SHA-256 {found}", sha256, "check that the URI names the right file"
+        )
+    return path
+
+
+def _fetch_s3(uri: str, cache_dir: Path) -> Path:
+    bucket, key = _split_s3(uri)
+    prefix, _, name = key.rpartition("/")
+    if not name:
+        raise StorageError(f"'{uri}' names no object", "s3://BUCKET/KEY")
+    store = S3Store(bucket, prefix)
+    head = store.head(name)
+    if head is None:
+        raise unreachable(uri, "there is no such object")
+    num_bytes, etag = head
+    # an object that is replaced gets another ETag, and so another place here
+    version = hashlib.sha256(f"{uri}\n{etag}".encode()).hexdigest()[:32]
+    path = cache_dir / "fetched" / version / name
+    same = store.at_version(etag)
+
+    def write(temporary: Path) -> None:
+        try:
+            download(same, name, temporary, ranges(num_bytes))
+        except FileNotFoundError:
+            raise unreachable(uri, "it was removed while it was read") from None
+
+    if not path.is_file():
+        write_with(path, write)
+    return path
+
+
+def _split_s3(uri: str) -> tuple[str, str]:
+    """Bucket and key of s3://BUCKET/KEY; the key may be empty."""
+    scheme, _, rest = uri.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3":  # only the scheme is repeated: addresses can hold passwords and signatures
+        raise StorageError(f"'{scheme}://' is no place", "a path, file://PATH or s3://BUCKET/KEY")
+    if ":" in bucket or "@" in bucket:
+        raise StorageError(
+            "an s3:// URI has more than a bucket before its first slash",
+            "s3://BUCKET/KEY",
+            "give credentials as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or as AWS_PROFILE",
+        )
+    if not _BUCKET.fullmatch(bucket):
+        raise StorageError(f"'{uri}' names no bucket", "s3://BUCKET/KEY")
+    return bucket, key
+
+
+def _write_at(descriptor: int, content: bytes, start: int) -> None:
+    """Write all of it: a single call may write less, and does before a disk is full."""
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(descriptor, rest, start)
+        rest, start = rest[written:], start + written

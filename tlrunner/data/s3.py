@@ -1,0 +1,323 @@
+"""Objects below a prefix of an S3 bucket. The only module that knows boto3.
+
+Credentials, region, endpoint and path style come from the environment, as for every AWS client
+(AWS_PROFILE, AWS_ENDPOINT_URL_S3 and so on); none of it ever appears in an error. What passes by
+itself (throttling, a broken connection, bytes with a wrong checksum) is asked for again, with
+growing, jittered pauses; what does not pass ends at once, in one line.
+"""
+
+import base64
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+from tlrunner.data.store import WRONG_BYTES, Entry, Part, is_right, unreachable
+from tlrunner.files import sha256_file
+
+log = logging.getLogger("tlrunner")
+T = TypeVar("T")
+
+MAX_CONNECTIONS = 32
+_OTHER_REGION = "the bucket is in another region"
+_ABSENT_CODES = ("NoSuchKey", "NotFound", "404")
+_PASSING_CODES = {
+    *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"),
+    *("InternalError", "ServiceUnavailable", "OperationAborted"),
+    *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"),
+}
+_REFUSALS = {
+    "AccessDenied": "access denied (or absent, where listing is not allowed either)",
+    "403": "access denied",
+    "AllAccessDisabled": "access denied",
+    "NoSuchBucket": "there is no such bucket",
+    "InvalidBucketName": "there is no such bucket",
+    "PermanentRedirect": _OTHER_REGION,
+    "AuthorizationHeaderMalformed": _OTHER_REGION,
+    "IllegalLocationConstraintException": _OTHER_REGION,
+    "301": _OTHER_REGION,
+    "InvalidAccessKeyId": "the access key is not known there",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
+    "ExpiredToken": "the credentials have expired",
+    "InvalidToken": "the session token is not valid",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong",
+    "PreconditionFailed": "it was replaced while it was read",
+    "InvalidRange": "it is shorter than it was",
+    "EntityTooLarge": "the file is too large for one request",
+}
+_FAULTS = {  # of botocore, by the class that says most
+    "NoCredentialsError": "there are no credentials",
+    "PartialCredentialsError": "the credentials are incomplete",
+    "CredentialRetrievalError": "the credentials cannot be had",
+    "TokenRetrievalError": "the credentials cannot be had",
+    "UnauthorizedSSOTokenError": "the credentials have expired",
+    "SSOTokenLoadError": "the credentials have expired",
+    "ProfileNotFound": "there is no such profile as AWS_PROFILE names",
+    "ConfigParseError": "the AWS configuration file cannot be read",
+    "ParamValidationError": "that is no name of a bucket or an object",
+    "EndpointConnectionError": "the endpoint cannot be reached",
+    "ConnectTimeoutError": "the endpoint does not answer",
+    "ReadTimeoutError": "the answer stalled",
+    "ConnectionClosedError": "the connection broke",
+    "ResponseStreamingError": "the connection broke",
+    "IncompleteReadError": "the connection broke",
+    "ResponseParserError": "the answer is not that of an S3 server",
+    "ProxyConnectionError": "the proxy cannot be reached",
+    "SSLError": "no secure connection",
+    "FlexibleChecksumError": WRONG_BYTES,
+    "_WrongBytes": WRONG_BYTES,
+    "_Replaced": _REFUSALS["PreconditionFailed"],
+    "ValueError": "the endpoint or the region is not valid",
+}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a request is made, how long it may be silent, and the pauses in between."""
+
+    attempts: int = 8
+    timeout_seconds: float = 30.0
+    first_pause_seconds: float = 0.4
+    longest_pause_seconds: float = 10.0
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait after an attempt, counted from 1: full jitter, as AWS advises.
+
+        https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+        """
+        longest = min(self.first_pause_seconds * 2 ** (attempt - 1), self.longest_pause_seconds)
+        # not the global generator, which users seed alike in all their processes
+        return random.SystemRandom().uniform(0, longest)
+
+
+@dataclass
+class Retries:
+    """Why requests had to be made again, in the order it happened."""
+
+    reasons: list[str] = field(default_factory=list)  # append is atomic, += is not
+
+    @property
+    def count(self) -> int:
+        return len(self.reasons)
+
+
+class _LazyClient:
+    """A boto3 client, made when first needed, and anew in a forked or unpickled copy.
+
+    Its session is its own: the process-wide one of boto3 keeps the credentials it saw first, and is
+    not safe to use from several threads.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._lock = Lock()
+        self._process = 0
+        self._client: Any = None
+
+    def __reduce__(self) -> Any:
+        return _LazyClient, (self._timeout_seconds,)
+
+    def get(self) -> Any:
+        with self._lock:
+            if self._process != os.getpid():
+                self._client = self._connect()
+                self._process = os.getpid()
+            return self._client
+
+    def _connect(self) -> Any:
+        from boto3.session import Session  # here, as it takes longer than all of tlrunner.data
+        from botocore.config import Config
+
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": 1},  # `_ask` repeats requests
+            connect_timeout=self._timeout_seconds,
+            read_timeout=self._timeout_seconds,
+            max_pool_connections=MAX_CONNECTIONS,
+            # some servers send the checksum of the whole object with a range of it
+            response_checksum_validation="when_required",
+        )
+        return Session().client("s3", config=config)
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """Objects below a prefix of a bucket. Any number of threads may use one.
+
+    `etag`: read only this version of an object.
+    """
+
+    bucket: str
+    prefix: str = ""
+    etag: str | None = None
+    patience: Patience = Patience()
+    retries: Retries = field(default_factory=Retries, compare=False)
+    _client: _LazyClient = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_client", _LazyClient(self.patience.timeout_seconds))
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    def at_version(self, etag: str) -> "S3Store":
+        """The same store over the same connections, reading only what has this ETag."""
+        copy = replace(self, etag=etag)
+        object.__setattr__(copy, "_client", self._client)
+        return copy
+
+    def list(self) -> list[Entry]:
+        base = f"{self.prefix}/" if self.prefix else ""
+        wanted, found = {"Bucket": self.bucket, "Prefix": base}, {}
+        while True:
+            page = self._ask(self.uri, lambda client: client.list_objects_v2(**wanted))
+            found.update({entry["Key"]: entry["Size"] for entry in page.get("Contents", ())})
+            if not page.get("IsTruncated"):
+                break
+            wanted["ContinuationToken"] = page["NextContinuationToken"]
+        # consoles make keys that end with a slash, to show a folder
+        keys = sorted(key for key in found if not key.endswith("/"))
+        return [Entry(key.removeprefix(base), found[key]) for key in keys]
+
+    def size(self, name: str) -> int | None:
+        head = self.head(name)
+        return head[0] if head else None
+
+    def head(self, name: str) -> tuple[int, str] | None:
+        """Size and ETag of an object; None where there is none."""
+        from botocore.exceptions import ClientError
+
+        def request(client: Any) -> tuple[int, str]:
+            try:
+                found = client.head_object(**self._object(name))
+            except ClientError as err:
+                if _code_and_status(err)[1] < 500:
+                    # HEAD has no body to say why, not even that it is the bucket that is absent
+                    client.get_object(**self._object(name), Range="bytes=0-0")["Body"].close()
+                raise
+            return found["ContentLength"], found["ETag"]
+
+        try:
+            return self._ask(self._uri_of(name), request)
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, part: Part | None = None) -> bytes:
+        wanted = self._object(name) | ({"IfMatch": self.etag} if self.etag else {})
+        if part is None:
+            wanted["ChecksumMode"] = "ENABLED"
+        elif part.num_bytes == 0:
+            return b""
+        else:
+            wanted["Range"] = f"bytes={part.start}-{part.start + part.num_bytes - 1}"
+
+        def request(client: Any) -> bytes:
+            answer = client.get_object(**wanted)
+            if self.etag and answer["ETag"] != self.etag:  # not every server knows IfMatch
+                answer["Body"].close()
+                raise _Replaced
+            content: bytes = answer["Body"].read()
+            if not is_right(content, part):
+                raise _WrongBytes
+            return content
+
+        return self._ask(self._uri_of(name), request)
+
+    def put(self, name: str, path: Path) -> None:
+        # the server compares what it received with this, and refuses what differs
+        checksum = base64.b64encode(bytes.fromhex(sha256_file(path))).decode()
+
+        def request(client: Any) -> None:
+            with path.open("rb") as file:
+                client.put_object(**self._object(name), Body=file, ChecksumSHA256=checksum)
+
+        self._ask(self._uri_of(name), request)
+
+    def delete(self, name: str) -> None:
+        try:
+            self._ask(self._uri_of(name), lambda client: client.delete_object(**self._object(name)))
+        except FileNotFoundError:
+            return  # S3 itself does not mind, some servers do
+
+    def _object(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{name}".lstrip("/")}
+
+    def _uri_of(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+    def _ask(self, uri: str, request: Callable[[Any], T]) -> T:
+        """Make a request until it succeeds, fails for good, or has failed too often."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
+
+        known = (ClientError, BotoCoreError, ResponseParserError, HTTPError, OSError, ValueError)
+        for attempt in range(1, self.patience.attempts + 1):
+            try:
+                return request(self._client.get())
+            except (*known, _WrongBytes, _Replaced) as err:
+                why = _in_words(err)
+                # not `from err`: what botocore says can hold a token or the user of a proxy
+                if _is_absence(err):
+                    raise FileNotFoundError(uri) from None
+                if not _passes(err):
+                    raise unreachable(uri, why) from None
+                if attempt == self.patience.attempts:
+                    raise unreachable(uri, f"{why}, {attempt} times") from None
+                self.retries.reasons.append(why)
+                log.debug("%s: %s, asking again", uri, why)
+                time.sleep(self.patience.pause(attempt))
+        raise AssertionError("the last attempt returns or raises")
+
+
+class _WrongBytes(Exception):  # noqa: N818  (neither leaves this module)
+    """What came is not what is known to be stored."""
+
+
+class _Replaced(Exception):  # noqa: N818
+    """What came is of another version."""
+
+
+def _is_absence(err: Exception) -> bool:
+    from botocore.exceptions import ClientError
+
+    return isinstance(err, ClientError) and _code_and_status(err)[0] in _ABSENT_CODES
+
+
+def _passes(err: Exception) -> bool:
+    """Whether the same request may succeed a moment later."""
+    from botocore import exceptions as of_botocore
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(err, of_botocore.ClientError):
+        code, status = _code_and_status(err)
+        is_busy = status in (408, 429) or (status >= 500 and status != 501)
+        return code in _PASSING_CODES or is_busy
+    if isinstance(err, of_botocore.SSLError):
+        return "CERTIFICATE" not in str(err)
+    on_the_way = (of_botocore.HTTPClientError, of_botocore.ConnectionError, HTTPError)
+    half_or_wrong = (of_botocore.IncompleteReadError, of_botocore.FlexibleChecksumError)
+    ours = (_WrongBytes, ConnectionError, TimeoutError)
+    return isinstance(err, (*on_the_way, *half_or_wrong, *ours, ResponseParserError))
+
+
+def _in_words(err: Exception) -> str:
+    """Why a request failed, of words that are ours or the code that S3 gives."""
+    from botocore.exceptions import ClientError
+
+    if isinstance(err, ClientError):
+        code, status = _code_and_status(err)
+        return _REFUSALS.get(code, f"{code} (HTTP {status})")
+    names = [kind.__name__ for kind in type(err).__mro__]
+    return next((_FAULTS[name] for name in names if name in _FAULTS), names[0])
+
+
+def _code_and_status(err: Any) -> tuple[str, int]:
+    status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return str(err.response.get("Error", {}).get("Code", "")), int(status)
