@@ -4,83 +4,77 @@ sample:flowers            drawn by tlrunner itself
 DIR with manifest.json    shards, already prepared
 DIR/CLASS/**/IMAGE        an ImageFolder; classes are numbered in the order of their names
 DIR/IMAGE                 unlabelled images, where those are of use
+LIST.csv, LIST.jsonl      paths and labels (`listing`); local or s3://
+FILE.parquet, DIR         Parquet files with images in them (`foreign`); local or s3://. In a
+                          directory that holds images as well, it is the images that count
 """
 
 import difflib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from tlrunner.data import sample
 from tlrunner.data.dataset import open_dataset
-from tlrunner.data.decode import EXTENSIONS
+from tlrunner.data.fetch import open_store
+from tlrunner.data.folders import holds_images, open_folder
+from tlrunner.data.foreign import open_tables
+from tlrunner.data.listing import LIST_EXTENSIONS, open_list
 from tlrunner.data.manifest import MANIFEST_NAME
+from tlrunner.data.source import Source, unlabelled
+from tlrunner.data.tables import local_tables, s3_tables
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_json
 
-_KINDS = "sample:flowers, an ImageFolder directory (DIR/CLASS/IMAGE), or a directory of shards"
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+__all__ = ["Source", "open_source", "shards_at", "unlabelled"]
+
+_KINDS = (
+    "sample:flowers, an ImageFolder directory (DIR/CLASS/IMAGE), a directory or s3:// prefix of"
+    " shards or Parquet files, a .csv or .jsonl list, a .parquet file"
+)
+_CACHE_DIR = "~/.cache/tlrunner"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Samples that can be read one by one, in any order, from any thread.
-
-    Attributes:
-        class_names: by label; empty if the samples have no labels.
-        keys: what identifies each sample, e.g. its path inside the directory.
-        labels: the class number of each, -1 without labels.
-        fingerprint: hash that changes when the samples do, found without reading them.
-        num_bytes: of all image files together; 0 where nothing is stored yet.
-        read: sample number -> bytes of its image file; may raise OSError.
-        splits: of each sample what its source says of it: train, val, test, or "" where it says
-            nothing; empty if it says nothing of any.
-    """
-
-    uri: str
-    class_names: tuple[str, ...]
-    keys: Sequence[str]
-    labels: Sequence[int]
-    fingerprint: str
-    num_bytes: int
-    read: Callable[[int], bytes]
-    splits: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-
-def open_source(uri: str, *, labelled: bool = True) -> Source:
-    """List the samples behind a URI, without reading them.
+def open_source(uri: str, *, labelled: bool = True, cache_dir: str | Path = _CACHE_DIR) -> Source:
+    """List the samples behind a URI, without reading their images.
 
     `labelled`: refuse images that have no class; without it they are taken, with label -1.
+    `cache_dir`: where Parquet files from S3 go, and copies of images that lie compressed in one.
 
     Raises:
         DataError: nothing usable is there.
+        StorageError: it is in S3, and that cannot be read.
     """
     scheme, colon, name = uri.partition(":")
     if scheme == "sample" and colon:
         return _open_sample(uri, name)
     with _reading(uri):
-        root = _source_directory(uri)
-        if (root / MANIFEST_NAME).is_file():
-            return _open_shards(uri, root, labelled)
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
-        return _open_folders(uri, root, folders, labelled)
+        if scheme == "s3" and name.startswith("//"):
+            return _open_s3(uri, labelled, cache_dir)
+        path = _local_path(uri)
+        if path.is_dir():
+            return _open_directory(uri, path, labelled, cache_dir)
+        if path.name.lower().endswith(LIST_EXTENSIONS):
+            return open_list(uri, labelled=labelled)
+        if path.name.lower().endswith(".parquet"):
+            tables = local_tables(path.parent, [path])
+            return open_tables(uri, tables, labelled=labelled, spool_dir=cache_dir)
+        raise DataError(f"{uri} is a file", _KINDS, "give a list, or the directory that holds it")
 
 
-def shards_at(uri: str) -> Path | None:
-    """The directory that a URI names if it holds shards; None for every other source.
+def shards_at(uri: str) -> Path | str | None:
+    """The directory, or the s3:// URI, if it holds shards; None for every other source.
 
     Raises:
-        DataError: there is no directory.
+        DataError: there is nothing.
+        StorageError: it is in S3, and that cannot be read.
     """
     if uri.startswith("sample:"):
         return None
     with _reading(uri):
-        root = _source_directory(uri)
+        if uri.startswith("s3://"):
+            return uri if _holds_shards(uri) else None
+        root = _local_path(uri)
         return root if (root / MANIFEST_NAME).is_file() else None
 
 
@@ -97,18 +91,18 @@ def _reading(uri: str) -> Iterator[None]:
         ) from err
 
 
-def _source_directory(uri: str) -> Path:
-    """The directory that a path or file:// URI names."""
+def _local_path(uri: str) -> Path:
+    """The file or directory that a path or file:// URI names."""
     path = uri.removeprefix("file://")
     if "://" in path:
-        reason = "images in S3 cannot be read yet" if path.startswith("s3:") else "unknown scheme"
-        raise DataError(f"data.uri is '{uri}': {reason}", _KINDS, "copy the images to this machine")
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise DataError(f"{uri} does not exist", _KINDS, _similar_path(root))
-    if not root.is_dir():
-        raise DataError(f"{uri} is a file", _KINDS, "give the directory that holds it")
-    return root
+        scheme = path.partition("://")[0]
+        raise DataError(f"data.uri is '{uri}': unknown scheme {scheme}://", _KINDS)
+    if not path or "\0" in path:
+        raise DataError(f"data.uri is {uri!r}", _KINDS)
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise DataError(f"{uri} does not exist", _KINDS, _similar_path(place))
+    return place
 
 
 def _open_sample(uri: str, name: str) -> Source:
@@ -127,6 +121,36 @@ def _open_sample(uri: str, name: str) -> Source:
     )
 
 
+def _open_directory(uri: str, root: Path, labelled: bool, cache_dir: str | Path) -> Source:
+    if (root / MANIFEST_NAME).is_file():
+        return _open_shards(uri, root, labelled)
+    if not holds_images(root):
+        tables = local_tables(root, root.rglob("*"))
+        if tables:
+            return open_tables(uri, tables, labelled=labelled, spool_dir=cache_dir)
+    return open_folder(uri, root, labelled)
+
+
+def _open_s3(uri: str, labelled: bool, cache_dir: str | Path) -> Source:
+    if uri.lower().endswith(LIST_EXTENSIONS):
+        return open_list(uri, labelled=labelled)
+    if _holds_shards(uri):
+        return _open_shards(uri, uri, labelled)
+    tables = s3_tables(uri, cache_dir)
+    if tables:
+        return open_tables(uri, tables, labelled=labelled, spool_dir=cache_dir)
+    raise DataError(
+        f"{uri} holds neither shards (manifest.json) nor .parquet files",
+        "shards, Parquet files, or a .csv or .jsonl list, in S3",
+        "for single images in S3 write a list of them (path,label), or prepare them once to shards"
+        " with jobs/prepare_images.py",
+    )
+
+
+def _holds_shards(uri: str) -> bool:
+    return open_store(uri).size(MANIFEST_NAME) is not None
+
+
 def _open_shards(uri: str, root: Path, labelled: bool) -> Source:
     dataset = open_dataset(root)
     if labelled and not dataset.class_names:
@@ -140,97 +164,6 @@ def _open_shards(uri: str, root: Path, labelled: bool) -> Source:
         num_bytes=sum(shard.num_bytes for shard in dataset.manifest.shards),
         read=lambda i: bytes(dataset.image_bytes(i)),
     )
-
-
-def unlabelled(uri: str) -> DataError:
-    remedy = "use them with jobs/predict.py, or prepare a folder with one folder a class"
-    return DataError(f"the images in {uri} have no labels", "images in one folder a class", remedy)
-
-
-def _open_folders(uri: str, root: Path, folders: list[Path], labelled: bool) -> Source:
-    loose = sorted(p for p in root.iterdir() if _is_image(p.name) and p.is_file())
-    files = [sorted(_images_below(folder)) for folder in folders]
-    everything = [*loose, *(path for of_class in files for path in of_class)]
-    if not everything:
-        wanted = f"images ({' '.join(EXTENSIONS)}) in one folder a class"
-        raise DataError(f"{uri} holds no images", wanted, "check the path")
-    is_image_folder = not loose and len(files) > 1 and all(files)
-    if not labelled and not is_image_folder:
-        return _listed(uri, root, (), everything, [-1] * len(everything))
-    if not any(files):
-        raise unlabelled(uri)
-    _check_classes(uri, folders, files, loose)
-    names = tuple(folder.name for folder in folders)
-    labels = [label for label, of_class in enumerate(files) for _ in of_class]
-    return _listed(uri, root, names, everything, labels)
-
-
-def _check_classes(
-    uri: str, folders: list[Path], files: list[list[Path]], loose: list[Path]
-) -> None:
-    if loose:
-        raise DataError(
-            f"{uri} holds {len(loose)} images outside any class folder, e.g. {loose[0].name}",
-            "one folder a class, with its images inside",
-            "move them into their class's folder, or away",
-        )
-    names = [folder.name for folder in folders]
-    if {name.lower() for name in names} <= _SPLIT_NAMES:
-        raise DataError(
-            f"{uri} holds splits ({', '.join(names)}), not classes",
-            "one folder a class; tlrunner makes the split itself (data.val_fraction)",
-            f"use {uri.rstrip('/')}/{names[0]}",
-        )
-    empty = [name for name, of_class in zip(names, files, strict=True) if not of_class]
-    if empty:
-        raise DataError(
-            f"{uri} has class folders without images: {', '.join(empty[:5])}",
-            f"at least one image ({' '.join(EXTENSIONS)}) in each",
-            "remove the folder, or add images",
-        )
-    if len(names) < 2:
-        raise DataError(f"{uri} has one class: {names[0]}", "at least two class folders")
-
-
-def _listed(
-    uri: str, root: Path, names: tuple[str, ...], paths: list[Path], labels: list[int]
-) -> Source:
-    keys = [_key(path.relative_to(root)) for path in paths]
-    stats = [path.stat() for path in paths]
-    facts = [[key, stat.st_size, stat.st_mtime_ns] for key, stat in zip(keys, stats, strict=True)]
-    return Source(
-        uri=uri,
-        class_names=names,
-        keys=keys,
-        labels=labels,
-        fingerprint=sha256_json([names, facts]),
-        num_bytes=sum(stat.st_size for stat in stats),
-        read=lambda i: paths[i].read_bytes(),
-    )
-
-
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Images of a class, at any depth. Links to files are followed, links to folders are not."""
-    for parent, subfolders, names in os.walk(folder, onerror=_raise):
-        subfolders[:] = [name for name in subfolders if not _hidden(name)]
-        yield from (Path(parent, name) for name in names if _is_image(name))
-
-
-def _raise(err: OSError) -> None:
-    raise err
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not _hidden(name)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _key(path: Path) -> str:
-    # file names are bytes; those that are not UTF-8 still need a key that can be stored
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _similar_path(path: Path) -> str:
