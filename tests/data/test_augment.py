@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import encoded, picture
 from PIL import Image
@@ -12,8 +12,16 @@ from torchvision.transforms import v2 as tv
 
 from tlrunner.config import AugmentConfig, Preprocess
 from tlrunner.data import colour, trivial
-from tlrunner.data.augment import EvalTransform, TrainTransform, fitting_box, view_of
-from tlrunner.data.resize import resize_fast
+from tlrunner.data.augment import (
+    AUGMENT_STREAM,
+    EvalTransform,
+    TrainTransform,
+    fitting_box,
+    view_of,
+)
+from tlrunner.data.decode import Decoded, Encoded
+from tlrunner.data.order import uniforms
+from tlrunner.data.resize import resize_box, resize_crop, resize_fast
 
 OFF: dict[str, Any] = {"crop_scale": None, "horizontal_flip": 0.0}
 EVERYTHING = AugmentConfig(
@@ -35,13 +43,15 @@ def rendered(
     augment: AugmentConfig, preprocess: Preprocess, data: bytes, sample_id: int = 1, view: int = 0
 ) -> np.ndarray:
     out = np.zeros((preprocess.image_size, preprocess.image_size, 3), np.uint8)
-    TrainTransform(augment, preprocess, seed=0).render(data, sample_id, view, out)
+    transform = TrainTransform(augment, preprocess, seed=0)
+    (draws,) = transform.draws(np.array([sample_id], np.uint64), view)
+    transform.render(Encoded(data), draws, out)
     return out
 
 
 def evaluated(preprocess: Preprocess, data: bytes) -> np.ndarray:
     out = np.zeros((preprocess.image_size, preprocess.image_size, 3), np.uint8)
-    EvalTransform(preprocess).render(data, out)
+    EvalTransform(preprocess).render(Encoded(data), out)
     return out
 
 
@@ -122,6 +132,10 @@ def test_flips_are_exact(preprocess: Preprocess) -> None:
     upside_down = rendered(AugmentConfig(**OFF, vertical_flip=1.0), preprocess, data)
     assert (flipped == off[:, ::-1]).all()
     assert (upside_down == off[::-1]).all()
+    turned = rendered(
+        AugmentConfig(**OFF | {"horizontal_flip": 1.0}, vertical_flip=1.0), preprocess, data
+    )
+    assert (turned == off[::-1, ::-1]).all()
 
 
 def test_what_is_erased_has_the_mean_colour(preprocess: Preprocess) -> None:
@@ -146,16 +160,72 @@ def test_a_crop_fits_and_has_its_share(height: int, width: int, share: float, at
     assert not exact or 0.7499 <= box_w / box_h <= 1.3334
 
 
+def test_a_view_of_decoded_pixels_is_that_of_their_file(preprocess: Preprocess) -> None:
+    image = picture(width=90, height=70)
+    transform = TrainTransform(EVERYTHING, preprocess, seed=0)
+    for draws in transform.draws(np.arange(9, dtype=np.uint64), 0):
+        outs = [np.zeros((32, 32, 3), np.uint8) for _ in range(2)]
+        transform.render(Encoded(encoded(image, "PNG")), draws, outs[0])
+        transform.render(Decoded(np.asarray(image)), draws, outs[1])
+        assert (outs[0] == outs[1]).all()
+
+
+def test_what_chance_decides_of_a_sample_does_not_depend_on_its_company(
+    preprocess: Preprocess,
+) -> None:
+    transform = TrainTransform(AugmentConfig(), preprocess, seed=3)
+    ids = np.arange(7, dtype=np.uint64)
+    alone = [transform.draws(ids[i : i + 1], 2)[0] for i in range(7)]
+    assert transform.draws(ids, 2) == alone
+    assert alone[0].area == uniforms(ids[:1], 3, 2, AUGMENT_STREAM, 1)[0, 0]
+
+
 def test_views_repeat_only_when_their_number_is_set() -> None:
     assert [view_of(epoch, 3) for epoch in range(5)] == [0, 1, 2, 0, 1]
     assert [view_of(epoch, None) for epoch in range(5)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("side", [20, 31, 40, 47, 64, 100])
+@pytest.mark.parametrize("side", [20, 31, 40, 47, 52, 64, 70, 76, 100])
 def test_fast_resizing_is_close_to_exact(side: int) -> None:
     pixels = np.asarray(picture(width=side, height=side))
     exact = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR))
-    assert np.abs(resize_fast(pixels, (32, 32), "bilinear").astype(int) - exact).mean() < 2.5
+    assert np.abs(resize_fast(pixels, (32, 32), "bilinear").astype(int) - exact).mean() < 1.7
+
+
+def mean_error(box: tuple[float, ...], out: np.ndarray, image: Image.Image) -> float:
+    exact = image.resize(out.shape[1::-1], Image.Resampling.BILINEAR, box)
+    return float(np.abs(out.astype(int) - np.asarray(exact)).mean())
+
+
+@given(
+    st.floats(130, 320), st.floats(130, 240), st.floats(0, 1), st.floats(0, 1), st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=30)
+def test_a_box_of_an_image_decoded_small_is_cut_to_fractions_of_pixels(
+    width: float, height: float, x: float, y: float, seed: int
+) -> None:
+    image = picture(seed, width=320, height=240)
+    left, top = x * (320 - width), y * (240 - height)
+    box = left, top, left + width, top + height
+    least_hw = math.ceil(64 * 240 / height), math.ceil(64 * 320 / width)
+    pixels, scale = Encoded(encoded(image, quality=95)).decode_for(least_hw)
+    assert scale <= 0.5
+    out = np.zeros((64, 64, 3), np.uint8)
+    resize_box(pixels, tuple(side * scale for side in box), "bilinear", out)
+    assert mean_error(box, out, image) < 1.2
+
+
+def test_fractions_of_pixels_matter_where_pixels_are_few() -> None:
+    image = picture(3, width=320, height=240)
+    box = 11.0, 13.0, 173.0, 159.0
+    pixels, scale = Encoded(encoded(image, quality=95)).decode_for((70, 80))
+    scaled = tuple(side * scale for side in box)
+    errors = []
+    for resize in (resize_box, resize_crop):
+        out = np.zeros((32, 32, 3), np.uint8)
+        resize(pixels, scaled, "bilinear", out)
+        errors.append(mean_error(box, out, image))
+    assert errors[0] < errors[1] / 2
 
 
 @pytest.mark.parametrize(

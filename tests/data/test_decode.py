@@ -2,10 +2,21 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pictures import encoded, picture
 from PIL import Image
 
-from tlrunner.data.decode import BadImage, decode, decode_for, image_size, normalise
+from tlrunner.data.decode import (
+    BadImage,
+    Decoded,
+    Encoded,
+    decode,
+    decode_for,
+    image_size,
+    normalise,
+)
 
 
 def pixels_of(data: bytes) -> np.ndarray:
@@ -122,3 +133,88 @@ def test_bytes_that_are_no_longer_an_image_are_refused(data: bytes) -> None:
     with pytest.raises(BadImage):
         image_size(data)
         decode(data)
+
+
+def noisy(width: int, height: int) -> Image.Image:
+    """A picture every row of which differs from the next in brightness and colour."""
+    smooth = np.asarray(picture(width=width, height=height)).astype(int)
+    noise = np.random.default_rng(0).integers(-40, 40, smooth.shape)
+    return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(60, 200),
+    st.integers(40, 120),
+    st.sampled_from(["444", "422", "420", "440", "411", "Gray"]),
+    st.floats(1, 200),
+    st.sampled_from([1, 2, 3, 4, 8]),
+)
+def test_upper_rows_are_the_same_pixels_without_the_lower_ones(
+    height: int, width: int, sampling: str, bottom: float, eighths: int
+) -> None:
+    pixels = np.asarray(noisy(width, height))
+    grey = sampling == "Gray"
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(pixels[:, :, :1]) if grey else pixels,
+        colorspace="GRAY" if grey else "RGB",
+        colorsubsampling=sampling,
+    )
+    least_hw = (height * eighths // 8, width * eighths // 8)
+    whole, scale = Encoded(data).decode_for(least_hw)
+    upper, same_scale = Encoded(data).decode_for(least_hw, min(bottom, height))
+    wanted = int(np.ceil(min(bottom, height) * scale))
+    assert scale == same_scale
+    assert len(upper) >= min(wanted, len(whole))
+    assert (upper[:wanted] == whole[:wanted]).all()
+
+
+def test_lower_rows_are_not_decoded_where_they_are_not_wanted() -> None:
+    upper, _ = Encoded(encoded(noisy(200, 300))).decode_for((300, 200), bottom=90)
+    assert upper.shape == (112, 200, 3)
+
+
+def with_restart_markers(image: Image.Image) -> bytes:
+    return encoded(image, restart_marker_rows=1)
+
+
+def one_scan_a_colour(image: Image.Image) -> bytes:
+    """The same JPEG, said to hold only one of its colours in its first scan."""
+    data = bytearray(encoded(image))
+    data[data.index(b"\xff\xda") + 4] = 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize("data", [encoded(noisy(200, 300), progressive=True), b""])
+def test_a_jpeg_whose_rows_do_not_come_in_turn_is_decoded_whole(data: bytes) -> None:
+    data = data or with_restart_markers(noisy(200, 300))
+    upper, _ = Encoded(data).decode_for((300, 200), bottom=90)
+    assert (upper == decode(data)).all()
+    assert len(upper) == 300
+
+
+def test_of_a_jpeg_in_several_scans_the_height_is_left_alone() -> None:
+    assert Encoded(encoded(noisy(200, 300)))._height_at is not None
+    assert Encoded(one_scan_a_colour(noisy(200, 300)))._height_at is None
+
+
+def test_damage_in_the_rows_that_are_wanted_is_found() -> None:
+    data = bytearray(encoded(noisy(200, 300), quality=90))
+    middle = data.index(b"\xff\xda") + 2000
+    data[middle : middle + 2] = b"\xff\xd9"  # the image ends here, says the file
+    with pytest.raises(BadImage):
+        Encoded(bytes(data)).decode_for((300, 200), bottom=200)
+
+
+def test_the_header_is_read_past_padding_and_other_segments() -> None:
+    data = encoded(picture(), comment=b"\xff\xc0 is no frame here", exif=Image.Exif())
+    padded = data[:2] + b"\xff\xff" + data[2:]
+    assert image_size(padded) == image_size(data) == (40, 48)
+    assert (decode(padded) == decode(data)).all()
+
+
+def test_decoded_pixels_are_given_as_they_are() -> None:
+    pixels = np.asarray(picture())
+    image = Decoded(pixels)
+    assert image.size_hw == (40, 48)
+    assert image.decode_for((3, 3), bottom=5) == (pixels, 1.0)

@@ -9,6 +9,7 @@ import torch
 from tlrunner.config import AugmentConfig, Preprocess
 from tlrunner.data.augment import EvalTransform, TrainTransform
 from tlrunner.data.dataset import Dataset, open_dataset
+from tlrunner.data.decode import Encoded
 from tlrunner.data.loader import Batch, eval_batches, num_batches, train_batches
 from tlrunner.data.order import split_rows
 from tlrunner.data.prepare import prepare
@@ -115,7 +116,7 @@ def test_evaluation_keeps_the_order_of_rows(
     assert labels.tolist() == partners.tolist() == small_dataset.labels_N[rows].tolist()
     assert (weights == 1).all()
     expected = np.zeros((32, 32, 3), np.uint8)
-    transform.render(small_dataset.image_bytes(int(rows[12])), expected)
+    transform.render(Encoded(small_dataset.image_bytes(int(rows[12]))), expected)
     assert (images[12].numpy() == expected).all()
 
 

@@ -1,4 +1,4 @@
-"""One sample's bytes -> the pixels a model sees: a random view to train on, or the plain one.
+"""One sample's picture -> the pixels a model sees: a random view to train on, or the plain one.
 
 All randomness of a view is `uniforms(sample id, seed, view)`, drawn at fixed places, so turning
 one augmentation on does not change what another does.
@@ -7,6 +7,7 @@ one augmentation on does not change what another does.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,22 +15,41 @@ from numpy.typing import NDArray
 
 from tlrunner.config import AugmentConfig, Preprocess
 from tlrunner.data import colour
-from tlrunner.data.decode import Pixels, decode_for, image_size
-from tlrunner.data.order import uniforms
-from tlrunner.data.resize import Box, resize_exact, resize_fast
+from tlrunner.data.decode import Picture, Pixels
+from tlrunner.data.order import Ids, uniforms
+from tlrunner.data.resize import Box, resize_box, resize_crop, resize_exact, resize_fast
 from tlrunner.data.trivial import Fill, trivially_augmented
 
 AUGMENT_STREAM, MIX_STREAM = 1, 2
-# append only: a number's place is what makes it the same number tomorrow
-_DRAWS = (
-    *("area", "ratio", "x", "y", "horizontal_flip", "vertical_flip"),
-    *("rotation", "right", "down", "zoom", "shear_x", "shear_y"),
-    *("brightness", "contrast", "saturation", "hue"),
-    *("erase", "erase_area", "erase_ratio", "erase_x", "erase_y"),
-    *("trivial_which", "trivial_strength", "trivial_sign"),
-)
-Draws = dict[str, float]
-Frame = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the image
+
+
+class Draws(NamedTuple):
+    """The uniform numbers of one view. Append only: its place makes a number what it is."""
+
+    area: float
+    ratio: float
+    x: float
+    y: float
+    horizontal_flip: float
+    vertical_flip: float
+    rotation: float
+    right: float
+    down: float
+    zoom: float
+    shear_x: float
+    shear_y: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    erase: float
+    erase_area: float
+    erase_ratio: float
+    erase_x: float
+    erase_y: float
+    trivial_which: float
+    trivial_strength: float
+    trivial_sign: float
 
 
 def view_of(epoch: int, num_views: int | None) -> int:
@@ -45,22 +65,23 @@ class TrainTransform:
     preprocess: Preprocess
     seed: int
 
-    def render(self, data: bytes | memoryview, sample_id: int, view: int, out_HWC: Pixels) -> None:
-        """Render one view of a stored image into `out_HWC`, image_size squared.
+    def draws(self, ids_B: Ids, view: int) -> list[Draws]:
+        """What chance decides about a view of each sample; for many at once, as numpy likes it."""
+        drawn = uniforms(ids_B, self.seed, view, AUGMENT_STREAM, len(Draws._fields))
+        return list(map(Draws._make, drawn.tolist()))
+
+    def render(self, picture: Picture, draws: Draws, out_HWC: Pixels) -> None:
+        """Render one view of a picture into `out_HWC`, image_size squared.
 
         Raises:
             BadImage: the bytes are not what was once stored.
         """
-        ids_B = np.array([sample_id], np.uint64)
-        drawn = uniforms(ids_B, self.seed, view, AUGMENT_STREAM, len(_DRAWS))[0]
-        draws = dict(zip(_DRAWS, drawn.tolist(), strict=True))
-        pixels = self._framed(data, draws)
-        pixels = self._coloured(self._flipped(pixels, draws), draws)
-        if self.augment.trivial_augment:
-            which, strength, sign = (draws[f"trivial_{x}"] for x in ("which", "strength", "sign"))
-            pixels = trivially_augmented(pixels, which, strength, sign, self._fill)
-        out_HWC[...] = pixels
-        if draws["erase"] < self.augment.random_erasing:
+        a = self.augment
+        self._frame(picture, draws, out_HWC)
+        self._flip(draws, out_HWC)
+        if a.brightness or a.contrast or a.saturation or a.hue or a.trivial_augment:
+            out_HWC[...] = self._coloured(out_HWC, draws)
+        if draws.erase < a.random_erasing:
             self._erase(out_HWC, draws)
 
     @property
@@ -68,29 +89,34 @@ class TrainTransform:
         red, green, blue = (round(255 * mean) for mean in self.preprocess.mean)
         return red, green, blue
 
-    def _framed(self, data: bytes | memoryview, draws: Draws) -> Pixels:
+    def _frame(self, picture: Picture, draws: Draws, out_HWC: Pixels) -> None:
         """Decode no more than the frame needs; cut it out, and move it if asked to."""
-        a, size = self.augment, self.preprocess.image_size
-        full_hw = image_size(data)
-        frame = self._random_frame(full_hw, draws) if a.crop_scale else None
-        left, top, right, bottom = shares = frame or central_frame(full_hw, self.preprocess)
-        pixels = decode_for(data, _least_hw(shares, size))
-        height, width = pixels.shape[:2]
-        box = left * width, top * height, right * width, bottom * height
-        if a.rotation or a.translation or a.zoom or a.shear:
-            return self._moved(pixels, box, draws)
-        if frame is None:  # what an evaluation sees
-            return resize_exact(pixels, (size, size), self.preprocess.interpolation, box)
-        crop = pixels[_rounded(box[1], box[3], height), _rounded(box[0], box[2], width)]
-        return resize_fast(crop, (size, size), self.preprocess.interpolation)
+        a, full_hw, method = self.augment, picture.size_hw, self.preprocess.interpolation
+        is_moved = a.rotation or a.translation or a.zoom or a.shear
+        if not (a.crop_scale or is_moved):  # what an evaluation sees
+            EvalTransform(self.preprocess).render(picture, out_HWC)
+            return
+        box = (
+            self._random_box(full_hw, draws)
+            if a.crop_scale
+            else central_box(full_hw, self.preprocess)
+        )
+        # anything in the image may be mirrored into what is moved
+        least_hw, bottom = _least_hw(full_hw, box, len(out_HWC)), None if is_moved else box[3]
+        pixels, scale = picture.decode_for(least_hw, bottom)
+        if is_moved:
+            out_HWC[...] = self._moved(pixels, _scaled(box, scale), draws)
+        elif scale < 1:
+            resize_box(pixels, _scaled(box, scale), method, out_HWC)
+        else:
+            resize_crop(pixels, box, method, out_HWC)
 
-    def _random_frame(self, full_hw: tuple[int, int], draws: Draws) -> Frame:
+    def _random_box(self, full_hw: tuple[int, int], draws: Draws) -> Box:
         """A random resized crop (Szegedy et al., 2015)."""
         low, high = self.augment.crop_scale or (1, 1)
-        share = low + (high - low) * draws["area"]
-        box_hw = fitting_box(full_hw, share, draws["ratio"], (3 / 4, 4 / 3))
-        height, width = (box / full for box, full in zip(box_hw, full_hw, strict=True))
-        left, top = draws["x"] * (1 - width), draws["y"] * (1 - height)
+        share = low + (high - low) * draws.area
+        height, width = fitting_box(full_hw, share, draws.ratio, (3 / 4, 4 / 3))
+        left, top = draws.x * (full_hw[1] - width), draws.y * (full_hw[0] - height)
         return left, top, left + width, top + height
 
     def _moved(self, pixels: Pixels, box: Box, draws: Draws) -> Pixels:
@@ -99,7 +125,7 @@ class TrainTransform:
         A warp has no antialiasing filter, so what must shrink is resized first.
         """
         a, size = self.augment, self.preprocess.image_size
-        zoom = 1 + a.zoom * _signed(draws["zoom"])
+        zoom = 1 + a.zoom * _signed(draws.zoom)
         corners = np.array(box).reshape(2, 2)  # (left, top) and (right, bottom)
         before = np.array([pixels.shape[1], pixels.shape[0]])
         after = np.minimum(before, np.ceil(before * size * zoom / (corners[1] - corners[0])))
@@ -109,7 +135,7 @@ class TrainTransform:
         corners = corners * (after / before)
         # an output pixel's place in [-1/2, 1/2] -> its place in the box -> its place in the image
         linear = np.diag(corners[1] - corners[0]) @ self._turn(draws) / zoom
-        shift = a.translation * np.array([_signed(draws["right"]), _signed(draws["down"])])
+        shift = a.translation * np.array([_signed(draws.right), _signed(draws.down)])
         offset = corners.mean(axis=0) - linear @ (shift + (size - 1) / 2 / size) - 0.5
         return np.asarray(
             cv2.warpAffine(
@@ -123,39 +149,44 @@ class TrainTransform:
 
     def _turn(self, draws: Draws) -> NDArray[np.float64]:
         """Rotation and shear of the unit square, (2, 2)."""
-        angle = math.radians(self.augment.rotation * _signed(draws["rotation"]))
+        angle = math.radians(self.augment.rotation * _signed(draws.rotation))
         shear_x, shear_y = (
-            math.tan(math.radians(self.augment.shear * _signed(draws[name])))
-            for name in ("shear_x", "shear_y")
+            math.tan(math.radians(self.augment.shear * _signed(uniform)))
+            for uniform in (draws.shear_x, draws.shear_y)
         )
         rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
         sheared: NDArray[np.float64] = np.array([[1, shear_x], [0, 1]]) @ [[1, 0], [shear_y, 1]]
         return np.asarray(rotation @ sheared)
 
-    def _flipped(self, pixels: Pixels, draws: Draws) -> Pixels:
-        if draws["horizontal_flip"] < self.augment.horizontal_flip:
-            pixels = cv2.flip(pixels, 1)
-        if draws["vertical_flip"] < self.augment.vertical_flip:
-            pixels = cv2.flip(pixels, 0)
-        return pixels
+    def _flip(self, draws: Draws, out_HWC: Pixels) -> None:
+        horizontally = draws.horizontal_flip < self.augment.horizontal_flip
+        vertically = draws.vertical_flip < self.augment.vertical_flip
+        if horizontally or vertically:
+            code = -1 if horizontally and vertically else int(horizontally)
+            cv2.flip(out_HWC, code, dst=out_HWC)
 
     def _coloured(self, pixels: Pixels, draws: Draws) -> Pixels:
         a = self.augment
-        for name, change, greatest in (
-            ("brightness", colour.brightened, a.brightness),
-            ("contrast", colour.contrasted, a.contrast),
-            ("saturation", colour.saturated, a.saturation),
+        for change, greatest, uniform in (
+            (colour.brightened, a.brightness, draws.brightness),
+            (colour.contrasted, a.contrast, draws.contrast),
+            (colour.saturated, a.saturation, draws.saturation),
         ):
             if greatest:
-                pixels = change(pixels, 1 + greatest * _signed(draws[name]))
-        return colour.hue_shifted(pixels, a.hue * _signed(draws["hue"])) if a.hue else pixels
+                pixels = change(pixels, 1 + greatest * _signed(uniform))
+        if a.hue:
+            pixels = colour.hue_shifted(pixels, a.hue * _signed(draws.hue))
+        if not a.trivial_augment:
+            return pixels
+        which, strength, sign = draws.trivial_which, draws.trivial_strength, draws.trivial_sign
+        return trivially_augmented(pixels, which, strength, sign, self._fill)
 
     def _erase(self, out_HWC: Pixels, draws: Draws) -> None:
         size = out_HWC.shape[0]
-        share = 0.02 + (0.33 - 0.02) * draws["erase_area"]
-        box = fitting_box((size, size), share, draws["erase_ratio"], (0.3, 1 / 0.3))
+        share = 0.02 + (0.33 - 0.02) * draws.erase_area
+        box = fitting_box((size, size), share, draws.erase_ratio, (0.3, 1 / 0.3))
         height, width = (max(1, round(side)) for side in box)
-        top, left = int(draws["erase_y"] * (size - height)), int(draws["erase_x"] * (size - width))
+        top, left = int(draws.erase_y * (size - height)), int(draws.erase_x * (size - width))
         out_HWC[top : top + height, left : left + width] = self._fill
 
 
@@ -165,31 +196,38 @@ class EvalTransform:
 
     preprocess: Preprocess
 
-    def render(self, data: bytes | memoryview, out_HWC: Pixels) -> None:
-        """Render a stored image into `out_HWC`, image_size squared.
+    def render(self, picture: Picture, out_HWC: Pixels) -> None:
+        """Render a picture into `out_HWC`, image_size squared.
+
+        It is decoded in full, so that a flaw in any part of its bytes is found.
 
         Raises:
             BadImage: the bytes are not what was once stored.
         """
         size = self.preprocess.image_size
-        frame = left, top, right, bottom = central_frame(image_size(data), self.preprocess)
-        pixels = decode_for(data, _least_hw(frame, size))
-        height, width = pixels.shape[:2]
-        box = left * width, top * height, right * width, bottom * height
-        out_HWC[...] = resize_exact(pixels, (size, size), self.preprocess.interpolation, box)
+        box = central_box(picture.size_hw, self.preprocess)
+        pixels, scale = picture.decode_for(_least_hw(picture.size_hw, box, size))
+        interpolation = self.preprocess.interpolation
+        out_HWC[...] = resize_exact(pixels, (size, size), interpolation, _scaled(box, scale))
 
 
-def central_frame(full_hw: tuple[int, int], preprocess: Preprocess) -> Frame:
+def short_side(preprocess: Preprocess) -> int:
+    """What an evaluation resizes an image's shorter side to, before it crops."""
+    # 224 / 0.875 must stay 256, whatever the fraction's last bit
+    return math.floor(preprocess.image_size / preprocess.crop_fraction + 1e-6)
+
+
+def central_box(full_hw: tuple[int, int], preprocess: Preprocess) -> Box:
     """What is left of an image after torchvision's and timm's Resize and CenterCrop.
 
     Both round to whole pixels on the way, and so does this.
     """
-    size = preprocess.image_size
-    # 224 / 0.875 must stay 256, whatever the fraction's last bit
-    short = math.floor(size / preprocess.crop_fraction + 1e-6)
+    size, short = preprocess.image_size, short_side(preprocess)
     height, width = (int(short * side / min(full_hw) + 1e-6) for side in full_hw)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return left / width, top / height, (left + size) / width, (top + size) / height
+    per_row, per_column = full_hw[0] / height, full_hw[1] / width
+    right, bottom = (left + size) * per_column, (top + size) * per_row
+    return left * per_column, top * per_row, min(right, full_hw[1]), min(bottom, full_hw[0])
 
 
 def fitting_box(
@@ -209,17 +247,16 @@ def fitting_box(
     return min(height, math.sqrt(area / ratio)), min(width, math.sqrt(area * ratio))
 
 
-def _least_hw(frame: Frame, size: int) -> tuple[int, int]:
-    """How large the whole image must be decoded for the frame to have `size` pixels each way."""
-    left, top, right, bottom = frame
-    return math.ceil(size / (bottom - top) - 1e-6), math.ceil(size / (right - left) - 1e-6)
+def _least_hw(full_hw: tuple[int, int], box: Box, size: int) -> tuple[int, int]:
+    """How large the whole image must be decoded for the box to have `size` pixels each way."""
+    left, top, right, bottom = box
+    rows, columns = size * full_hw[0] / (bottom - top), size * full_hw[1] / (right - left)
+    return math.ceil(rows - 1e-6), math.ceil(columns - 1e-6)
 
 
-def _rounded(start: float, stop: float, length: int) -> slice:
-    """The whole pixels that are nearest; at least one. The length is rounded, not both ends."""
-    count = min(length, max(1, round(stop - start)))
-    first = min(length - count, round(start))
-    return slice(first, first + count)
+def _scaled(box: Box, scale: float) -> Box:
+    left, top, right, bottom = box
+    return left * scale, top * scale, right * scale, bottom * scale
 
 
 def _signed(uniform: float) -> float:

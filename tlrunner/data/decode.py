@@ -1,13 +1,15 @@
 """What counts as an image, and how its bytes become pixels.
 
 Writing: `normalise` turns whatever a user has into plain JPEG or PNG, or raises `BadImage`.
-Reading: `decode` and `decode_for` turn those stored bytes into pixels, which are everywhere
-(height, width, 3) uint8 RGB. A plain JPEG is kept byte for byte; all else that can be read is
-stored losslessly as PNG. Colour profiles are ignored, as when the backbones were pretrained.
+Reading: a `Picture` gives those stored bytes' pixels, which are everywhere (height, width, 3) uint8
+RGB, and no more of them than a view needs. A plain JPEG is kept byte for byte; all else that can be
+read is stored losslessly as PNG. Colour profiles are ignored, as when backbones are pretrained.
 """
 
 import io
+import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -20,7 +22,9 @@ Pixels = NDArray[np.uint8]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 # Listed wherever Pillow opens something: left to guess, it hands EPS bytes to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE, _PNG_SIGNATURE = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
+_SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # with Huffman codes
 MIN_SIDE, MAX_ASPECT = 8, 50
 
 
@@ -88,19 +92,120 @@ def encode_png(pixels: Pixels) -> bytes:
     return bytes(encoded)
 
 
+class Picture(Protocol):
+    """What a view is rendered from: an image whose size is known before its pixels are.
+
+    Attributes:
+        size_hw: height and width of the whole image, in pixels.
+    """
+
+    @property
+    def size_hw(self) -> tuple[int, int]: ...
+
+    def decode_for(
+        self, least_hw: tuple[int, int], bottom: float | None = None
+    ) -> tuple[Pixels, float]:
+        """Pixels, and how much smaller they are than `size_hw` says (a scale of 1/8 to 1).
+
+        `least_hw`: the whole image is wanted at least this high and wide. `bottom`: rows below it,
+        in pixels of the whole image, are not wanted, and may be missing; None: all are wanted.
+
+        Raises:
+            BadImage: the bytes are not what was once stored.
+        """
+
+
+class Decoded:
+    """Pixels that were decoded before: (height, width, 3) uint8 RGB."""
+
+    __slots__ = ("pixels_HWC", "size_hw")
+
+    def __init__(self, pixels_HWC: Pixels) -> None:
+        self.pixels_HWC = pixels_HWC
+        self.size_hw: tuple[int, int] = pixels_HWC.shape[:2]
+
+    def decode_for(
+        self, least_hw: tuple[int, int], bottom: float | None = None
+    ) -> tuple[Pixels, float]:
+        return self.pixels_HWC, 1.0
+
+
+class Encoded:
+    """Stored JPEG or PNG bytes, of which the header was read.
+
+    Raises:
+        BadImage: the bytes are not what was once stored.
+    """
+
+    __slots__ = ("_data", "_height_at", "_is_jpeg", "size_hw")
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = data
+        self._height_at: int | None = None
+        self._is_jpeg = data[:2] == _JPEG_SIGNATURE
+        if self._is_jpeg:
+            *size_hw, self._height_at = _jpeg_header(data)
+            self.size_hw: tuple[int, int] = (size_hw[0], size_hw[1])
+        elif data[:8] == _PNG_SIGNATURE and len(data) >= 24:
+            height, width = data[20:24], data[16:20]
+            self.size_hw = int.from_bytes(height, "big"), int.from_bytes(width, "big")
+        else:
+            raise BadImage("unreadable", "neither JPEG nor PNG")
+
+    def decode_for(
+        self, least_hw: tuple[int, int], bottom: float | None = None
+    ) -> tuple[Pixels, float]:
+        if not self._is_jpeg:
+            return self._decode_png(), 1.0
+        eighths = _fewest_eighths(self.size_hw, least_hw)
+        pixels = None if bottom is None else self._first_rows(bottom, eighths)
+        return self._all_rows(eighths) if pixels is None else pixels, eighths / 8
+
+    def _decode_png(self) -> Pixels:
+        try:
+            pixels = cv2.imdecode(np.frombuffer(self._data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        except cv2.error as err:
+            raise _bad(err) from err
+        if pixels is None:
+            raise BadImage("unreadable")
+        return np.asarray(pixels, np.uint8)
+
+    def _all_rows(self, eighths: int) -> Pixels:
+        try:
+            return np.asarray(simplejpeg.decode_jpeg(self._data, **_at(self.size_hw, eighths)))
+        except ValueError as err:
+            raise _bad(err) from err
+
+    def _first_rows(self, bottom: float, eighths: int) -> Pixels | None:
+        """Rows down to `bottom` at least, or None where that would not save anything.
+
+        The height in the header is made smaller: the decoder stops there, and then complains of
+        the bytes that remain. It reports the first complaint it has, so a decoder that names these
+        had nothing against what it decoded. Any other complaint is left to a decoding in full.
+        """
+        # Below a row of pixels the decoder looks at one more of colours: 8 cover any sampling.
+        rows = 16 * math.ceil((bottom + 8) / 16)
+        if self._height_at is None or rows >= self.size_hw[0]:
+            return None
+        shortened = bytearray(self._data)
+        shortened[self._height_at : self._height_at + 2] = rows.to_bytes(2, "big")
+        width = self.size_hw[1]
+        pixels = np.empty((rows * eighths // 8, -(-width * eighths // 8), 3), np.uint8)
+        try:
+            simplejpeg.decode_jpeg(shortened, buffer=pixels, **_at((rows, width), eighths))
+        except ValueError as err:
+            if not str(err).endswith("extraneous bytes before marker 0xd9"):
+                return None
+        return pixels
+
+
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
     """(height, width) of stored bytes, from their header.
 
     Raises:
         BadImage: they are not what was once stored.
     """
-    if bytes(data[:8]) == _PNG_SIGNATURE and len(data) >= 24:
-        return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    except ValueError as err:
-        raise _bad(err) from err
-    return int(height), int(width)
+    return Encoded(data).size_hw
 
 
 def decode(data: bytes | memoryview) -> Pixels:
@@ -109,29 +214,67 @@ def decode(data: bytes | memoryview) -> Pixels:
     Raises:
         BadImage: they are not what was once stored.
     """
-    return decode_for(data, (0, 0))
+    picture = Encoded(data)
+    return picture.decode_for(picture.size_hw)[0]
 
 
 def decode_for(data: bytes | memoryview, least_hw: tuple[int, int]) -> Pixels:
-    """Stored bytes -> pixels, at an eighth to a half of their size if that is enough.
+    """Stored bytes -> pixels, at an eighth to a half of their size if they are large enough so.
 
-    `least_hw`: the whole image is wanted at least this high and wide; (0, 0) means in full. A JPEG
-    scaled down while it is decoded costs a fraction of one that is resized afterwards.
+    Raises:
+        BadImage: they are not what was once stored.
     """
+    return Encoded(data).decode_for(least_hw)[0]
+
+
+def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, int | None]:
+    """(height, width, where the height stands), the last None if it must not be changed.
+
+    It can be where rows follow each other in one scan: neither progressive, nor one scan a colour,
+    nor with restart markers, which the decoder would complain of instead of the bytes that remain.
+    """
+    frame_at, can_shorten, at = 0, True, 2
     try:
-        if simplejpeg.is_jpeg(data):
-            if least_hw == (0, 0):
-                return np.asarray(simplejpeg.decode_jpeg(data))
-            height, width = least_hw
-            return np.asarray(
-                simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2)
-            )
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except (ValueError, cv2.error) as err:
-        raise _bad(err) from err
-    if pixels is None:
-        raise BadImage("unreadable")
-    return np.asarray(pixels, np.uint8)
+        while data[at + 1] != 0xDA:  # start of scan
+            marker = data[at + 1]
+            if data[at] != 0xFF:
+                raise BadImage("unreadable", f"no marker at byte {at} of the JPEG header")
+            if marker == 0xFF:  # padding
+                at += 1
+                continue
+            if marker in _FRAMES:
+                frame_at, can_shorten = at, can_shorten and marker in _SEQUENTIAL_FRAMES
+            elif marker == 0xDD:  # restart interval
+                can_shorten = False
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+        can_shorten = can_shorten and data[at + 4] == data[frame_at + 9]  # all colours in the scan
+    except IndexError as err:
+        raise BadImage("truncated", "the JPEG header has no end") from err
+    if not frame_at:
+        raise BadImage("unreadable", "the JPEG header has no size")
+    height = data[frame_at + 5] << 8 | data[frame_at + 6]
+    width = data[frame_at + 7] << 8 | data[frame_at + 8]
+    return height, width, frame_at + 5 if can_shorten else None
+
+
+def _fewest_eighths(size_hw: tuple[int, int], least_hw: tuple[int, int]) -> int:
+    """At how many eighths of its size a JPEG is large enough.
+
+    A JPEG scaled down while it is decoded costs a fraction of one that is resized afterwards; from
+    five eighths on it costs more.
+    """
+    for eighths in (1, 2, 3, 4):
+        if all(-(-s * eighths // 8) >= least for s, least in zip(size_hw, least_hw, strict=True)):
+            return eighths
+    return 8
+
+
+def _at(size_hw: tuple[int, int], eighths: int) -> dict[str, int]:
+    """What makes simplejpeg decode an image of this size at so many eighths of it."""
+    if eighths == 8:
+        return {}
+    height, width = (-(-side * eighths // 8) for side in size_hw)
+    return {"min_height": height, "min_width": width, "min_factor": 2}
 
 
 def _check_size(size_wh: tuple[int, int], max_pixels: int) -> None:

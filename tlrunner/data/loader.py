@@ -6,7 +6,6 @@ only make it come sooner.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from tlrunner.data.augment import MIX_STREAM, EvalTransform, TrainTransform, view_of
 from tlrunner.data.dataset import Dataset
-from tlrunner.data.decode import BadImage
+from tlrunner.data.decode import BadImage, Encoded, Picture
 from tlrunner.data.mix import mix_pairs
 from tlrunner.data.order import Rows, cut_batches, epoch_order, rank_slice
 from tlrunner.data.threads import map_ahead
@@ -91,9 +90,12 @@ def train_batches(
 
     def fill(chunk: _Chunk) -> _Chunk:
         images_BHWC, ids_B = chunk.pixels, dataset.ids_N[chunk.rows]
-        for row, sample_id, image_HWC in zip(chunk.rows, ids_B, images_BHWC, strict=True):
-            with _blaming(dataset, row):
-                transform.render(dataset.image_bytes(row), int(sample_id), view, image_HWC)
+        draws_B = transform.draws(ids_B, view)
+        for row, draws, image_HWC in zip(chunk.rows.tolist(), draws_B, images_BHWC, strict=True):
+            try:
+                transform.render(_picture(dataset, row), draws, image_HWC)
+            except BadImage as err:
+                raise _damaged(dataset, row, err) from err
         weights_B = mix_pairs(
             images_BHWC, ids_B, augment, seed=transform.seed, view=view, stream=MIX_STREAM
         )
@@ -123,9 +125,11 @@ def eval_batches(
     """
 
     def fill(chunk: _Chunk) -> _Chunk:
-        for row, image_HWC in zip(chunk.rows, chunk.pixels, strict=True):
-            with _blaming(dataset, row):
-                transform.render(dataset.image_bytes(row), image_HWC)
+        for row, image_HWC in zip(chunk.rows.tolist(), chunk.pixels, strict=True):
+            try:
+                transform.render(_picture(dataset, row), image_HWC)
+            except BadImage as err:
+                raise _damaged(dataset, row, err) from err
         return chunk
 
     slices = cut_batches(len(rows), batch_size)
@@ -179,14 +183,15 @@ def _empty_batch(
     )
 
 
-@contextmanager
-def _blaming(dataset: Dataset, row: int) -> Iterator[None]:
+def _picture(dataset: Dataset, row: int) -> Picture:
+    """Where pixels come from; the only place that knows."""
+    return Encoded(dataset.image_bytes(row))
+
+
+def _damaged(dataset: Dataset, row: int, err: BadImage) -> DataError:
     """Say which image of which data set could not be decoded."""
-    try:
-        yield
-    except BadImage as err:
-        raise DataError(
-            f"image {dataset.keys[row]} in {dataset.directory} cannot be decoded any more ({err})",
-            "",
-            "the shards are damaged: delete the directory, prepare again",
-        ) from err
+    return DataError(
+        f"image {dataset.keys[row]} in {dataset.directory} cannot be decoded any more ({err})",
+        "",
+        "the shards are damaged: delete the directory, prepare again",
+    )

@@ -21,7 +21,7 @@ from torch import Tensor
 from tlrunner.config import Preprocess, TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.data.augment import EvalTransform
-from tlrunner.data.decode import encode_png, normalise, upright_rgb
+from tlrunner.data.decode import Decoded, Encoded, Picture, normalise, upright_rgb
 from tlrunner.data.manifest import Manifest
 from tlrunner.files import read_json, write_json
 from tlrunner.model.classifier import Classifier, build_classifier
@@ -48,7 +48,7 @@ class ImageTransform:
     def __call__(self, image: str | Path | bytes | Image.Image | np.ndarray) -> Tensor:
         side = self.preprocess.image_size
         pixels_HWC = np.empty((side, side, 3), np.uint8)
-        self.transform.render(_stored_bytes(image), pixels_HWC)
+        self.transform.render(_picture(image), pixels_HWC)
         batch_BHWC = torch.from_numpy(pixels_HWC)[None]
         return self.model_input(batch_BHWC)[0].contiguous()
 
@@ -107,12 +107,12 @@ def read_config(directory: Path) -> TrialConfig:
     return validate(TrialConfig, read_json(directory / "trial.json"))
 
 
-def _stored_bytes(image: Any) -> bytes:
-    """Any image as the bytes that shards hold, so that it is rendered like a shard's."""
+def _picture(image: Any) -> Picture:
+    """Any image as a data set would hold it, so that it is rendered like one of its."""
     if isinstance(image, str | Path):
         image = Path(image).read_bytes()
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return encode_png(upright_rgb(image))
-    return normalise(image).data
+        return Decoded(upright_rgb(image))
+    return Encoded(normalise(image).data)
