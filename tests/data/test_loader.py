@@ -1,4 +1,5 @@
 import threading
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tlrunner.data.order import split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
-from tlrunner.data.write import write_shards
+from tlrunner.data.write import WriteSettings, write_shards
 from tlrunner.errors import DataError
 
 MIXED = AugmentConfig(mixup=0.4, cutmix=1.0, rotation=10, random_erasing=0.3)
@@ -31,8 +32,9 @@ def loaded(
 
 
 def joined(batches: list[Batch]) -> list[torch.Tensor]:
+    """All images of some batches, labels, partners' labels and weights, without padding."""
     parts = ("images_BHWC", "labels_B", "partner_labels_B", "label_weight_B")
-    return [torch.cat([getattr(batch, part) for batch in batches]) for part in parts]
+    return [torch.cat([getattr(x, part)[x.mask_B] for x in batches]) for part in parts]
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
@@ -48,6 +50,7 @@ def test_a_batch_is_what_it_says(small_dataset: Dataset, preprocess: Preprocess)
         assert batch.images_BHWC.dtype == torch.uint8
         assert batch.labels_B.dtype == batch.partner_labels_B.dtype == torch.int64
         assert batch.label_weight_B.dtype == torch.float32
+        assert batch.mask_B.tolist() == [True] * 9
         assert batch.partner_labels_B[[1, 0]].tolist() == batch.labels_B[[0, 1]].tolist()
 
 
@@ -93,31 +96,85 @@ def test_layout_of_the_shards_does_not_matter(
 ) -> None:
     batches = []
     for seed in (0, 1):
-        write_shards(open_source(str(folder)), tmp_path / str(seed), seed=seed)
+        write_shards(open_source(str(folder)), tmp_path / str(seed), WriteSettings(seed=seed))
         dataset = open_dataset(tmp_path / str(seed))
         rows = split_rows(dataset.ids_N, dataset.labels_N, 0.25, 0).train
         batches.append(loaded(dataset, preprocess, rows=rows))
     assert same(*batches)
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_evaluation_keeps_the_order_of_rows(
     small_dataset: Dataset, preprocess: Preprocess, size: int
 ) -> None:
-    rows = np.arange(44, 3, -1)
+    rows = np.arange(44, 2, -1)  # 42: six batches of seven
     transform = EvalTransform(preprocess)
     settings: dict[str, Any] = {"batch_size": 7, "num_threads": 2}
     ranks = [
         list(eval_batches(small_dataset, rows, transform, world=World(r, size), **settings))
         for r in range(size)
     ]
-    batches = [rank[i] for i in range(len(ranks[0])) for rank in ranks]
+    batches = [rank[i] for i in range(6) for rank in ranks]
+    assert {len(rank) for rank in ranks} == {6}
+    assert {len(batch.labels_B) for batch in batches} == {-(-7 // size)}
+    assert all((batch.images_BHWC[~batch.mask_B] == 0).all() for batch in batches)
+    assert all((batch.labels_B[~batch.mask_B] == 0).all() for batch in batches)
     images, labels, partners, weights = joined(batches)
     assert labels.tolist() == partners.tolist() == small_dataset.labels_N[rows].tolist()
     assert (weights == 1).all()
     expected = np.zeros((32, 32, 3), np.uint8)
     transform.render(Encoded(small_dataset.image_bytes(int(rows[12]))), expected)
     assert (images[12].numpy() == expected).all()
+
+
+def test_a_rank_without_any_row_has_padding_alone(
+    small_dataset: Dataset, preprocess: Preprocess
+) -> None:
+    world = World(7, 8)
+    (batch,) = eval_batches(
+        small_dataset,
+        np.arange(3),
+        EvalTransform(preprocess),
+        batch_size=3,
+        world=world,
+        num_threads=1,
+    )
+    assert batch.mask_B.tolist() == [False]
+    assert batch.num_global == 3
+
+
+def streamed(dataset: Dataset, window: int) -> tuple[Dataset, list[int]]:
+    """The data set as if it lay in groups of five rows; and the rows that are announced."""
+    announced: list[int] = []
+    other = copy(dataset)
+    other.window = window
+    other.__dict__["groups_N"] = np.arange(len(dataset)) // 5
+    other.plan = announced.extend
+    return other, announced
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_streamed_data_set_is_read_in_the_order_that_was_announced(
+    small_dataset: Dataset, preprocess: Preprocess, size: int
+) -> None:
+    for rank in range(size):
+        dataset, announced = streamed(small_dataset, window=2)
+        settings: dict[str, Any] = {"world": World(rank, size), "epoch": 1, "first_batch": 1}
+        labels = joined(loaded(dataset, preprocess, **settings))[1].tolist()
+        assert labels == small_dataset.labels_N[announced].tolist()
+        live = [
+            set(np.array(announced[i:]) // 5) & set(np.array(announced[: i + 1]) // 5)
+            for i in range(len(announced))
+        ]
+        assert max(map(len, live)) <= 2
+
+
+def test_evaluation_announces_no_padding(small_dataset: Dataset, preprocess: Preprocess) -> None:
+    dataset, announced = streamed(small_dataset, window=2)
+    settings: dict[str, Any] = {"batch_size": 7, "num_threads": 1, "world": World(1, 2)}
+    batches = eval_batches(dataset, np.arange(7), EvalTransform(preprocess), **settings)
+    assert sum(int(batch.mask_B.sum()) for batch in batches) == 3
+    assert announced == [4, 5, 6]
 
 
 def test_no_rows_make_no_batches(small_dataset: Dataset, preprocess: Preprocess) -> None:
@@ -148,7 +205,7 @@ def test_closing_early_ends_the_threads(small_dataset: Dataset, preprocess: Prep
 def test_a_damaged_image_is_named_where_batches_are_consumed(
     tmp_path: Path, folder: Path, preprocess: Preprocess
 ) -> None:
-    shards = prepare(str(folder), tmp_path / "cache")
+    shards = Path(prepare(str(folder), tmp_path / "cache"))
     dataset = open_dataset(shards)
     image = bytes(dataset.image_bytes(5))
     path = shards / "shard-00000.parquet"

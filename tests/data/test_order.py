@@ -7,12 +7,14 @@ from tlrunner.data.order import (
     cut_batches,
     epoch_order,
     limit_rows,
+    padded_share,
     proportional,
     rank_slice,
     sample_id,
     sample_ids,
     split_rows,
     uniforms,
+    window_order,
 )
 from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, DataError
@@ -50,6 +52,88 @@ def test_ranks_never_tear_a_pair(n: int, batch: int, size: int) -> None:
             assert (rank_slice(cut, World(rank, size)).start - cut.start) % 2 == 0 or (
                 rank_slice(cut, World(rank, size)).start == cut.stop
             )
+
+
+def shares(n: int, batch: int, size: int) -> list[list[tuple[slice, int]]]:
+    """Of each batch, each rank's share in an evaluation."""
+    cuts = cut_batches(n, batch)
+    return [[padded_share(cut, World(rank, size)) for rank in range(size)] for cut in cuts]
+
+
+@given(counts, sizes, worlds)
+def test_an_evaluation_drops_and_repeats_nothing(n: int, batch: int, size: int) -> None:
+    parts = [part for of_batch in shares(n, batch, size) for part, _ in of_batch]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+
+
+@given(counts, sizes, worlds)
+def test_padding_makes_the_shares_of_all_ranks_as_long(n: int, batch: int, size: int) -> None:
+    for cut, of_batch in zip(cut_batches(n, batch), shares(n, batch, size), strict=True):
+        lengths = {part.stop - part.start + padding for part, padding in of_batch}
+        assert lengths == {-(-(cut.stop - cut.start) // size)}
+        assert all(padding >= 0 for _, padding in of_batch)
+
+
+@given(counts, sizes, worlds)
+def test_ranks_together_evaluate_the_batches_of_one(n: int, batch: int, size: int) -> None:
+    for (whole,), of_batch in zip(shares(n, batch, 1), shares(n, batch, size), strict=True):
+        assert whole == (slice(of_batch[0][0].start, of_batch[-1][0].stop), 0)
+
+
+@given(counts, sizes, worlds, st.data())
+def test_what_is_left_of_an_epoch_depends_on_the_position_alone(
+    n: int, batch: int, size: int, data: st.DataObject
+) -> None:
+    order, cuts = epoch_order(ids_of(n), 1, 2), cut_batches(n, batch)
+    position = data.draw(st.integers(0, len(cuts)))
+    done, left = (
+        {
+            int(row)
+            for cut in part
+            for r in range(size)
+            for row in order[rank_slice(cut, World(r, size))]
+        }
+        for part in (cuts[:position], cuts[position:])
+    )
+    assert done | left == set(range(n))
+    assert not done & left
+
+
+groups = st.lists(st.integers(0, 2**40), min_size=1, max_size=12, unique=True)
+
+
+@given(groups, st.lists(st.integers(0, 11), max_size=200), st.integers(1, 14), st.integers(0, 9))
+def test_a_window_order_has_every_row_once_and_few_groups_at_a_time(
+    groups: list[int], places: list[int], window: int, epoch: int
+) -> None:
+    groups_N = np.array([groups[place % len(groups)] for place in places], np.int64)
+    order = window_order(ids_of(len(places)), groups_N, 0, epoch, window)
+    assert sorted(order.tolist()) == list(range(len(places)))
+    seen = groups_N[order].tolist()
+    first = {group: i for i, group in reversed(list(enumerate(seen)))}
+    last = {group: i for i, group in enumerate(seen)}
+    for i in range(len(seen)):
+        assert sum(first[group] <= i <= last[group] for group in first) <= window
+
+
+def test_a_window_order_differs_by_seed_and_epoch_in_groups_and_within_them() -> None:
+    ids, groups_N = ids_of(60), np.repeat(np.arange(6), 10)
+    orders = [window_order(ids, groups_N, s, e, 2) for s in range(4) for e in range(4)]
+    assert len({tuple(order) for order in orders}) == 16
+    assert len({tuple(sorted(set(groups_N[order[:20]].tolist()))) for order in orders}) > 4
+    assert any((np.diff(order) < 0).any() for order in orders)
+
+
+def test_a_window_over_all_groups_is_a_plain_shuffle() -> None:
+    ids, groups_N = ids_of(60), np.arange(60) // 7
+    assert (window_order(ids, groups_N, 3, 4, 99) == epoch_order(ids, 3, 4)).all()
+
+
+def test_a_window_order_follows_samples_and_groups_not_rows() -> None:
+    ids, groups_N = ids_of(60), np.arange(60) // 7
+    there = window_order(ids, groups_N, 3, 4, 2)
+    back = window_order(ids[::-1], groups_N[::-1], 3, 4, 2)
+    assert (ids[there] == ids[::-1][back]).all()
 
 
 @given(counts, sizes)

@@ -73,6 +73,7 @@ def batch_of(size: int, seed: int = 0, weights: list[float] | None = None) -> Ba
         labels_B=labels_B,
         partner_labels_B=labels_B.roll(1) if weights else labels_B,
         label_weight_B=torch.tensor(weights) if weights else torch.ones(size),
+        mask_B=torch.ones(size, dtype=torch.bool),
         num_global=size,
     )
 
@@ -150,6 +151,43 @@ def test_an_image_is_correct_by_the_label_that_weighs_more() -> None:
     says_0 = F.one_hot(torch.zeros(3, dtype=torch.long), 3).float()
     assert mixed_loss(says_0, batch, 0.0)[1].item() == 2
     assert mixed_loss(says_0.roll(1, dims=1), batch, 0.0)[1].item() == 1
+
+
+def padded(batch: Batch, num_padding: int) -> Batch:
+    """The batch with padding behind it, whose images are as bright as can be."""
+    zeros = torch.zeros(num_padding, dtype=torch.int64)
+    images = torch.full((num_padding, 32, 32, 3), 255, dtype=torch.uint8)
+    return replace(
+        batch,
+        images_BHWC=torch.cat([batch.images_BHWC, images]),
+        labels_B=torch.cat([batch.labels_B, zeros]),
+        partner_labels_B=torch.cat([batch.partner_labels_B, zeros]),
+        label_weight_B=torch.cat([batch.label_weight_B, torch.ones(num_padding)]),
+        mask_B=torch.cat([batch.mask_B, torch.zeros(num_padding, dtype=torch.bool)]),
+    )
+
+
+@given(st.integers(1, 6), st.integers(0, 4))
+def test_padding_counts_for_nothing(size: int, num_padding: int) -> None:
+    batch = batch_of(size)
+    logits_BK = torch.randn(size, 3, generator=torch.Generator().manual_seed(size))
+    padding_BK = torch.full((num_padding, 3), float("nan"))
+    logits_PK = torch.cat([logits_BK, padding_BK])
+    loss, correct = mixed_loss(logits_PK, padded(batch, num_padding), 0.1)
+    expected_loss, expected_correct = mixed_loss(logits_BK, batch, 0.1)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert correct == expected_correct
+
+
+def test_validation_does_not_count_padding() -> None:
+    loop = build_loop()
+    enter(loop, HEAD)
+    batches = [batch_of(4, 1), batch_of(4, 2)]
+    empty = replace(padded(batch_of(1), 3), mask_B=torch.zeros(4, dtype=torch.bool))
+    expected = loop.evaluate(batches)
+    found = loop.evaluate([padded(batch, 3) for batch in batches] + [empty])
+    assert (found.seen, found.acc) == (expected.seen, expected.acc) == (8, expected.acc)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_half_precision_logits_have_their_loss_in_float32() -> None:

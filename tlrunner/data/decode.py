@@ -263,10 +263,10 @@ def _fewest_eighths(size_hw: tuple[int, int], least_hw: tuple[int, int]) -> int:
     A JPEG scaled down while it is decoded costs a fraction of one that is resized afterwards; from
     five eighths on it costs more.
     """
-    for eighths in (1, 2, 3, 4):
-        if all(-(-s * eighths // 8) >= least for s, least in zip(size_hw, least_hw, strict=True)):
-            return eighths
-    return 8
+    (height, width), (least_height, least_width) = size_hw, least_hw
+    # that n eighths, rounded up, are enough means that n > 8 * (least - 1) / side
+    eighths = 1 + max(8 * (least_height - 1) // height, 8 * (least_width - 1) // width, 0)
+    return eighths if eighths <= 4 else 8
 
 
 def _at(size_hw: tuple[int, int], eighths: int) -> dict[str, int]:

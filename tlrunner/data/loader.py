@@ -8,6 +8,7 @@ only make it come sooner.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -18,7 +19,14 @@ from tlrunner.data.augment import MIX_STREAM, EvalTransform, TrainTransform, vie
 from tlrunner.data.dataset import Dataset
 from tlrunner.data.decode import BadImage, Encoded, Picture
 from tlrunner.data.mix import mix_pairs
-from tlrunner.data.order import Rows, cut_batches, epoch_order, rank_slice
+from tlrunner.data.order import (
+    Rows,
+    cut_batches,
+    epoch_order,
+    padded_share,
+    rank_slice,
+    window_order,
+)
 from tlrunner.data.threads import map_ahead
 from tlrunner.data.world import World
 from tlrunner.errors import DataError
@@ -36,13 +44,23 @@ class Batch:
         labels_B: int64.
         partner_labels_B: int64, the label of what was mixed in; equal to `labels_B` if nothing was.
         label_weight_B: float32, the share of `labels_B`; 1 if nothing was mixed in.
-        num_global: number of images in the global batch.
+        mask_B: bool, False for padding: black images of label 0, which count for nothing.
+        num_global: number of images in the global batch, without padding.
     """
 
     images_BHWC: torch.Tensor
     labels_B: torch.Tensor
     partner_labels_B: torch.Tensor
     label_weight_B: torch.Tensor
+    mask_B: torch.Tensor
+    num_global: int
+
+
+class _Share(NamedTuple):
+    """What a rank has of a global batch."""
+
+    rows_B: Rows
+    num_padding: int
     num_global: int
 
 
@@ -85,7 +103,7 @@ def train_batches(
     Raises:
         DataError: a stored image cannot be decoded.
     """
-    rows = rows[epoch_order(dataset.ids_N[rows], seed, epoch)]
+    rows = rows[_epoch_order(dataset, rows, seed, epoch)]
     augment, view = transform.augment, view_of(epoch, transform.augment.num_views)
 
     def fill(chunk: _Chunk) -> _Chunk:
@@ -103,9 +121,10 @@ def train_batches(
         return chunk
 
     size, is_mixed = transform.preprocess.image_size, bool(augment.mixup or augment.cutmix)
-    slices = cut_batches(len(rows), batch_size)[first_batch:]
+    cuts = cut_batches(len(rows), batch_size)[first_batch:]
+    shares = [_Share(rows[rank_slice(cut, world)], 0, cut.stop - cut.start) for cut in cuts]
     make = partial(_empty_batch, dataset, size, is_mixed, pin_memory)
-    return _batches(rows, slices, world, make, fill, num_threads)
+    return _batches(dataset, shares, make, fill, num_threads)
 
 
 def eval_batches(
@@ -120,6 +139,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Plain batches of `rows`, in their order; over all ranks each row comes exactly once.
 
+    A batch has the same size on every rank; what is missing to that is padding.
+
     Raises:
         DataError: a stored image cannot be decoded.
     """
@@ -132,54 +153,68 @@ def eval_batches(
                 raise _damaged(dataset, row, err) from err
         return chunk
 
-    slices = cut_batches(len(rows), batch_size)
+    shares = []
+    for cut in cut_batches(len(rows), batch_size):
+        part, num_padding = padded_share(cut, world)
+        shares.append(_Share(rows[part], num_padding, cut.stop - cut.start))
     make = partial(_empty_batch, dataset, transform.preprocess.image_size, False, pin_memory)
-    return _batches(rows, slices, world, make, fill, num_threads)
+    return _batches(dataset, shares, make, fill, num_threads)
+
+
+def _epoch_order(dataset: Dataset, rows: Rows, seed: int, epoch: int) -> Rows:
+    """Any sample after any other, or within a window where they are streamed."""
+    ids_N = dataset.ids_N[rows]
+    if dataset.window is None:
+        return epoch_order(ids_N, seed, epoch)
+    return window_order(ids_N, dataset.groups_N[rows], seed, epoch, dataset.window)
 
 
 def _batches(
-    rows: Rows,
-    slices: Sequence[slice],
-    world: World,
-    make: Callable[[Rows, int], Batch],
+    dataset: Dataset,
+    shares: Sequence[_Share],
+    make: Callable[[_Share], Batch],
     fill: Callable[[_Chunk], _Chunk],
     num_threads: int,
 ) -> Iterator[Batch]:
     """Cut a rank's batches into chunks, have threads fill them, and hand over whole batches."""
     cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would only be in their way
+    if shares:
+        dataset.plan(np.concatenate([share.rows_B for share in shares]))
 
     def chunks() -> Iterator[_Chunk]:
-        for cut in slices:
-            rows_B = rows[rank_slice(cut, world)]
-            batch = make(rows_B, cut.stop - cut.start)
+        for share in shares:
+            batch, rows_B = make(share), share.rows_B
             for start in range(0, max(len(rows_B), 1), _CHUNK):  # an empty share is one chunk
                 part = slice(start, min(start + _CHUNK, len(rows_B)))
                 yield _Chunk(batch, rows_B[part], part, is_last=part.stop == len(rows_B))
 
-    largest = max((cut.stop - cut.start for cut in slices), default=0)
-    ahead = max(_BATCHES_AHEAD * -(-largest // (world.size * _CHUNK)), num_threads + 1)
+    largest = max((len(share.rows_B) for share in shares), default=0)
+    ahead = max(_BATCHES_AHEAD * -(-largest // _CHUNK), num_threads + 1)
     for chunk in map_ahead(fill, chunks(), num_threads, ahead):
         if chunk.is_last:
             yield chunk.batch
 
 
 def _empty_batch(
-    dataset: Dataset, size: int, is_mixed: bool, pin_memory: bool, rows_B: Rows, num_global: int
+    dataset: Dataset, size: int, is_mixed: bool, pin_memory: bool, share: _Share
 ) -> Batch:
     """A batch with everything but its pixels, and its weights if it is mixed."""
-    labels_B = dataset.labels_N[rows_B]
-    partners_B = np.arange(len(rows_B))
+    num_rows, num_images = len(share.rows_B), len(share.rows_B) + share.num_padding
+    images_BHWC = torch.empty((num_images, size, size, 3), dtype=torch.uint8, pin_memory=pin_memory)
+    images_BHWC[num_rows:] = 0
+    labels_B = np.zeros(num_images, np.int64)
+    labels_B[:num_rows] = dataset.labels_N[share.rows_B]
+    partners_B = np.arange(num_images)
     if is_mixed:
-        num_paired = len(rows_B) // 2 * 2
+        num_paired = num_rows // 2 * 2
         partners_B[:num_paired] ^= 1
     return Batch(
-        images_BHWC=torch.empty(
-            (len(rows_B), size, size, 3), dtype=torch.uint8, pin_memory=pin_memory
-        ),
+        images_BHWC=images_BHWC,
         labels_B=torch.from_numpy(labels_B),
         partner_labels_B=torch.from_numpy(labels_B[partners_B]),
-        label_weight_B=torch.ones(len(rows_B)),
-        num_global=num_global,
+        label_weight_B=torch.ones(num_images),
+        mask_B=torch.arange(num_images) < num_rows,
+        num_global=share.num_global,
     )
 
 

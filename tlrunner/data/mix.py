@@ -31,8 +31,9 @@ def mix_pairs(
     weights_B = np.ones(len(ids_B), np.float32)
     if not (augment.mixup or augment.cutmix):
         return weights_B
-    for i in range(0, len(ids_B) - 1, 2):
-        kind, y, x, *chance = uniforms(ids_B[i : i + 1], seed, view, stream, 5)[0].tolist()
+    drawn = uniforms(ids_B[: len(ids_B) // 2 * 2 : 2], seed, view, stream, 5).tolist()
+    for pair, (kind, y, x, *chance) in enumerate(drawn):
+        i = 2 * pair
         cut = kind < 0.5 if augment.mixup and augment.cutmix else bool(augment.cutmix)
         share = symmetric_beta(augment.cutmix if cut else augment.mixup, *chance)
         first, second = images_BHWC[i], images_BHWC[i + 1]

@@ -92,6 +92,32 @@ def rank_slice(batch: slice, world: World) -> slice:
     return slice(batch.start + min(first, size), batch.start + min(last, size))
 
 
+def padded_share(batch: slice, world: World) -> tuple[slice, int]:
+    """A rank's share of an evaluation's batch, and by how many it is short of the others'.
+
+    Every rank has ceil(size / world size) places, so that all compute the same shapes; what the
+    last ranks lack is padding, which counts for nothing.
+    """
+    size = batch.stop - batch.start
+    places = -(-size // world.size)
+    first, last = (min(places * rank, size) for rank in (world.rank, world.rank + 1))
+    return slice(batch.start + first, batch.start + last), places - (last - first)
+
+
+def window_order(ids_N: Ids, groups_N: Rows, seed: int, epoch: int, window: int) -> Rows:
+    """The order of an epoch over samples that are stored in groups: a permutation of 0..N-1.
+
+    Groups come in random order, `window` at a time, and the samples of such a window are shuffled.
+    So no more than `window` groups have to be at hand, whatever the number of samples.
+    """
+    groups_G, group_of_N = np.unique(groups_N, return_inverse=True)
+    places_G = np.empty(len(groups_G), np.int64)
+    shuffled_G = np.argsort(hash_of(seed, epoch, groups_G.astype(np.uint64)), kind="stable")
+    places_G[shuffled_G] = np.arange(len(groups_G))
+    windows_N = places_G[group_of_N] // window
+    return np.lexsort((hash_of(ids_N, seed, epoch), windows_N))
+
+
 def split_rows(
     ids_N: Ids,
     labels_N: Rows,
@@ -99,25 +125,39 @@ def split_rows(
     test_fraction: float,
     limit: int | None = None,
     class_names: Sequence[str] = (),
+    given_N: Rows | None = None,
 ) -> Splits:
     """Split each class by hash: the lowest ids validate, the next test, the rest train.
 
     A sample's split depends on its key and on how many samples its class has, never on shards or
     seeds. `limit` is applied after the split, so a limited split is a part of the full one.
 
+    `given_N`: what the source says of each row, 0 nothing, 1 train, 2 val, 3 test. It is taken at
+    its word; where it names no validation images at all, they are cut from its training images.
+
     Raises:
         DataError: a class has too few images to have one in each split.
         ConfigError: `limit` is too small to have one of each class in each split.
     """
+    given_N = np.zeros_like(labels_N) if given_N is None else given_N
+    fractions_of = {0: (val_fraction, test_fraction), 1: (0.0, 0.0), 2: (1.0, 0.0), 3: (0.0, 1.0)}
+    if not (given_N == 2).any():
+        fractions_of[1] = (val_fraction, 0.0)
     parts: list[Rows] = []  # of each class in turn: val, test, train
     for label in range(max(len(class_names), int(labels_N.max(initial=-1)) + 1)):
-        rows = _by_id(ids_N, np.flatnonzero(labels_N == label))
-        num_val = _share_of(len(rows), val_fraction)
-        num_test = _share_of(len(rows), test_fraction)
-        if len(rows) <= num_val + num_test:
+        pieces: list[list[Rows]] = [[], [], []]
+        for given, fractions in fractions_of.items():
+            rows = _by_id(ids_N, np.flatnonzero((labels_N == label) & (given_N == given)))
+            num_val, num_test = (_share_of(len(rows), fraction) for fraction in fractions)
+            for piece, of in zip(
+                pieces, np.split(rows, [num_val, num_val + num_test]), strict=True
+            ):
+                piece.append(of)
+        of_class = [_by_id(ids_N, *piece) for piece in pieces]
+        if not len(of_class[2]):
             name = class_names[label] if label < len(class_names) else str(label)
-            raise _too_few(name, len(rows), val_fraction, test_fraction)
-        parts += np.split(rows, [num_val, num_val + num_test])
+            raise _too_few(name, int((labels_N == label).sum()), val_fraction, test_fraction)
+        parts += of_class
     if limit is not None:
         parts = _limited(parts, limit, "one of each class in each split")
     val, test, train = (_by_id(ids_N, *parts[i::3]) for i in range(3))
@@ -156,7 +196,7 @@ def proportional(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def _share_of(count: int, fraction: float) -> int:
-    return max(1, int(count * fraction + 0.5)) if fraction > 0 else 0
+    return min(count, max(1, int(count * fraction + 0.5))) if fraction > 0 else 0
 
 
 def _limited(parts: list[Rows], limit: int, which: str) -> list[Rows]:

@@ -100,7 +100,7 @@ class Loop:
             for batch in batches:
                 logits_BK = self.model(self._input(batch.images_BHWC))
                 loss, correct = mixed_loss(logits_BK, batch, label_smoothing=0.0)
-                sums.add(correct, loss, len(batch.labels_B))
+                sums.add(correct, loss, int(batch.mask_B.sum()))
         return sums.metrics()
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class Loop:
                 loss, correct = mixed_loss(logits_BK, part, self.train.label_smoothing)
                 share = self.accelerator.num_processes / batch.num_global
                 self.accelerator.backward(loss * share)
-            sums.add(correct, loss.detach(), len(part.labels_B))
+            sums.add(correct, loss.detach(), int(part.mask_B.sum()))
             total += loss.detach()
         if self.optim.max_grad_norm is not None:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -160,7 +160,7 @@ class ModelInput:
 def mixed_loss(logits_BK: Tensor, batch: Batch, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """Summed cross entropy against both labels of mixed images, and the number correct.
 
-    An image is correct when the label that weighs more is predicted.
+    An image is correct when the label that weighs more is predicted. Padding counts for neither.
     """
     logits_BK = logits_BK.float()
 
@@ -176,7 +176,12 @@ def mixed_loss(logits_BK: Tensor, batch: Batch, label_smoothing: float) -> tuple
         weight_B = batch.label_weight_B.to(logits_BK.device, non_blocking=True)
         loss_B = weight_B * loss_B + (1 - weight_B) * loss_against(partners_B)
         labels_B = torch.where(weight_B >= 0.5, labels_B, partners_B)
-    return loss_B.sum(), (logits_BK.argmax(1) == labels_B).sum()
+    correct_B = logits_BK.argmax(1) == labels_B
+    if not bool(batch.mask_B.all()):
+        mask_B = batch.mask_B.to(logits_BK.device, non_blocking=True)
+        # chosen, not multiplied: nothing times NaN would be NaN
+        loss_B, correct_B = torch.where(mask_B, loss_B, 0), correct_B & mask_B
+    return loss_B.sum(), correct_B.sum()
 
 
 def micro_batches(batch: Batch, num_parts: int) -> Iterator[Batch]:
@@ -191,6 +196,7 @@ def micro_batches(batch: Batch, num_parts: int) -> Iterator[Batch]:
             labels_B=batch.labels_B[rows],
             partner_labels_B=batch.partner_labels_B[rows],
             label_weight_B=batch.label_weight_B[rows],
+            mask_B=batch.mask_B[rows],
         )
 
 

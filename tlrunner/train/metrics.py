@@ -26,7 +26,7 @@ class Sums:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, correct: Tensor, loss: Tensor, seen: int) -> None:
-        """Add one batch: number correct and summed loss (scalars), and its number of images."""
+        """Add one batch: number correct, summed loss (scalars), and images, all without padding."""
         self.totals[0] += correct
         self.totals[1] += loss
         self.totals[2] += seen
