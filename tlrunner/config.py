@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+CACHE_DIR = "~/.cache/tlrunner"
+
 
 class Section(BaseModel):
     """A frozen group of keys, some of which only certain variants of it use.
@@ -51,26 +53,47 @@ class DataConfig(Section):
     """Which images, and how they are split."""
 
     uri: str = Field("sample:flowers", min_length=1)
-    """`sample:flowers`, an ImageFolder directory, or a directory of shards with manifest.json."""
+    """`sample:flowers`, an ImageFolder directory, a CSV or JSONL list, Parquet files, or a
+    directory or `s3://` prefix of shards with manifest.json."""
     image_size: int | None = Field(None, ge=16, le=2048)
     """Side of the square the model sees, in pixels. None: what the weights were trained at."""
     limit: int | None = Field(None, ge=4)
     """Use this many samples, stratified by class and split. None: all."""
     val_fraction: float = Field(0.2, gt=0, lt=1)
-    """Share of each class that validates, chosen by hash of the sample's key."""
+    """Share of each class that validates, chosen by hash of the sample's key. Images whose source
+    says that they are for training, validation or test are taken at its word."""
     test_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of each class that neither trains nor validates; `jobs/predict.py` reports it."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the images cannot be used."""
     num_workers: int | None = Field(None, ge=1, le=256)
     """Threads that decode and augment. None: as many as the trial has CPUs."""
-    cache_dir: str = Field("~/.cache/tlrunner", min_length=1)
-    """Where images are kept as shards, and fetched weights."""
+    cache_dir: str = Field(CACHE_DIR, min_length=1)
+    """Where images are kept as shards, what is fetched, and decoded images."""
+    cache_bytes: int | None = Field(None, ge=0)
+    """Disk that fetched shards and decoded images may take together, on each node. None: a third of
+    what is free, at most 200 GB."""
+    streaming: Literal["auto", "on", "off"] = "auto"
+    """Read shards in S3 row group by row group and keep none; an epoch then shuffles 16 row groups
+    at a time. `auto`: where they do not fit into `cache_bytes`."""
+    decoded_cache: Literal["auto", "on", "off"] = "auto"
+    """Decode each image once for all trials of a node, with the shorter side that evaluation
+    resizes to; training crops are cut from that instead of from the full image. `auto`: where the
+    images are larger than that, and fit into `cache_bytes` and half of the memory."""
 
     @model_validator(mode="after")
     def _splits_leave_training_data(self) -> "DataConfig":
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction and test_fraction together must stay below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _streams_are_not_kept(self) -> "DataConfig":
+        if self.streaming == "on" and self.decoded_cache == "on":
+            raise ValueError(
+                "'decoded_cache: on' is not used with 'streaming: on', which is for images that "
+                "the disk has no room for"
+            )
         return self
 
 

@@ -28,7 +28,7 @@ NOT_HASHED: dict[str, Any] = {
     "output": True,
     "log": True,
     "resources": True,
-    "data": {"cache_dir": True, "num_workers": True},
+    "data": {"cache_dir": True, "num_workers": True, "cache_bytes": True},
 }
 
 

@@ -4,10 +4,12 @@ Whatever tlrunner leaves behind is written under a temporary name, flushed to th
 a reader never meets half a file. Used by every layer that writes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,23 @@ def read_json(path: Path) -> Any:
         raise StorageError(
             f"{path} cannot be read: {err}", "", "check the path and its permissions"
         ) from err
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file lock, which the system gives back however this process ends.
+
+    Raises:
+        StorageError: the lock's directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as err:
+        raise cannot_write(path, err) from err
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cannot_write(path: Path, err: OSError) -> StorageError:

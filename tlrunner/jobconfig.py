@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from tlrunner.config import Section, TrialConfig
+from tlrunner.config import CACHE_DIR, Section, TrialConfig
 from tlrunner.files import canonical_json
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -152,18 +152,32 @@ class PrepareSource(Section):
     """Which images to write as shards."""
 
     uri: str = Field("sample:flowers", min_length=1)
-    """`sample:flowers`, an ImageFolder directory, a flat directory of unlabelled images, or a
-    directory of shards."""
+    """`sample:flowers`, an ImageFolder directory, a flat directory of unlabelled images, a CSV or
+    JSONL list, Parquet files, or a directory or `s3://` prefix of shards."""
     limit: int | None = Field(None, ge=4)
     """Write this many samples, stratified by class. None: all."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Stop when more than this share of the images cannot be used."""
+    cache_dir: str = Field(CACHE_DIR, min_length=1)
+    """Where what is fetched is kept."""
+
+
+class ShardConfig(Section):
+    """What becomes of an image before it is stored."""
+
+    max_side: int | None = Field(None, ge=16, le=65535)
+    """Scale larger images down to this longer side, in pixels. None: keep them as they are."""
+    max_pixels: int = Field(50_000_000, ge=64, le=1_000_000_000)
+    """Images with more pixels are not used."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of the order of rows."""
 
 
 class PrepareJob(Section):
     """`jobs/prepare_images.py`: any source -> shards."""
 
     data: PrepareSource = PrepareSource()
+    shards: ShardConfig = ShardConfig()
     output: OutputConfig = OutputConfig()
     log: LogConfig = LogConfig()
 
@@ -175,8 +189,8 @@ class PredictSource(PrepareSource):
     """Threads that decode. None: as many as the machine has CPUs."""
     batch_size: int = Field(64, ge=1, le=65536)
     """Images computed at once."""
-    cache_dir: str = Field("~/.cache/tlrunner", min_length=1)
-    """Where images are kept as shards."""
+    cache_bytes: int | None = Field(None, ge=0)
+    """Disk that fetched shards may take. None: a third of what is free, at most 200 GB."""
 
 
 class PredictJob(Section):

@@ -30,10 +30,10 @@ from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
 from tlrunner.files import read_json, write_json, write_with
 from tlrunner.jobconfig import PredictJob
-from tlrunner.report.rundir import new_directory
+from tlrunner.report.rundir import check_empty, place_for
 from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, read_config
-from tlrunner.train.feed import open_data
+from tlrunner.train.feed import node_cache, split_data
 from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import keep_freed_memory
 from tlrunner.uris import absolute
@@ -61,10 +61,11 @@ def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: 
     deployed, config = load(model), read_config(model)
     uri = absolute(job.data.uri)
     if dry_run:
-        source = open_source(uri, labelled=False)
+        source = open_source(uri, labelled=False, cache_dir=job.data.cache_dir)
         out.print(f"{len(source)} images in {uri}; labels: {', '.join(deployed.labels)}")
         return 0
-    directory = new_directory(job.output, job_name)
+    place = place_for(job.output, job_name, job.data.cache_dir)
+    check_empty(place)
     with preparing(out) as progress:
         shards = prepare(
             uri,
@@ -73,21 +74,22 @@ def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: 
             labelled=False,
             progress=progress,
         )
-    dataset = open_dataset(shards)
+    dataset = open_dataset(shards, node_cache(job.data))
     rows_N = limit_rows(dataset.ids_N, dataset.labels_N, job.data.limit)
     predictions = Predictions(
         rows_N,
         _probabilities(deployed, config, dataset, rows_N, job),
         _truth(dataset, rows_N, deployed.labels),
-        _splits(model, config, dataset, shards, rows_N),
+        _splits(model, config, dataset, rows_N),
     )
     table = _table(predictions, dataset, deployed.labels)
-    write_with(directory / "predictions.parquet", lambda file: pq.write_table(table, file))
+    write_with(place.path / "predictions.parquet", lambda file: pq.write_table(table, file))
     metrics = measure(predictions)
-    write_json(directory / "metrics.json", {"model": str(model), "data": uri, **metrics})
+    write_json(place.path / "metrics.json", {"model": str(model), "data": uri, **metrics})
+    place.save(place.path / "predictions.parquet", place.path / "metrics.json")
     accuracy = "unknown" if metrics["accuracy"] is None else f"{metrics['accuracy']:.4f}"
     out.print(
-        f"{metrics['num_images']} images predicted, accuracy {accuracy}: {directory}",
+        f"{metrics['num_images']} images predicted, accuracy {accuracy}: {place}",
         highlight=False,
         soft_wrap=True,
     )
@@ -157,13 +159,11 @@ def _truth(dataset: Dataset, rows_N: Rows, labels: tuple[str, ...]) -> NDArray[n
     return np.array([*own, -1])[dataset.labels_N[rows_N]]  # label -1 meets the last entry
 
 
-def _splits(
-    model: Path, config: TrialConfig, dataset: Dataset, shards: Path, rows_N: Rows
-) -> list[str | None]:
+def _splits(model: Path, config: TrialConfig, dataset: Dataset, rows_N: Rows) -> list[str | None]:
     """What each image was to the model; known only for the very images it was made from."""
     split_of: dict[int, str] = {}
     if read_json(model / "metrics.json")["data_sha256"] == dataset.manifest.sha256:
-        _, splits = open_data(config.data, shards)
+        splits = split_data(config.data, dataset)
         for name in SPLITS:
             split_of |= dict.fromkeys(getattr(splits, name).tolist(), name)
     return [split_of.get(row) for row in rows_N.tolist()]

@@ -5,9 +5,10 @@ fourth. Each takes its config, the job's name, a console, and whether it only sh
 do.
 """
 
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,25 +16,27 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from tlrunner.config import TrialConfig
-from tlrunner.data.dataset import open_dataset, verify_shards
+from tlrunner.data.augment import short_side
+from tlrunner.data.dataset import Dataset, open_dataset, verify_shards
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
-from tlrunner.data.write import write_shards
+from tlrunner.data.write import WriteSettings, write_shards
 from tlrunner.errors import InterruptedRun, TlrunnerError
-from tlrunner.files import read_json
 from tlrunner.jobconfig import JobConfig, PrepareJob, SearchConfig, TrainJob
+from tlrunner.model.classifier import describe
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
-from tlrunner.report.rundir import RunDir, begun_run, find_run, new_directory
+from tlrunner.report.rundir import RunDir, begun_run, find_run, place_for
 from tlrunner.screen import preparing, show_summary
-from tlrunner.train.feed import open_data
+from tlrunner.train.feed import node_cache, settle_decoded_cache, settle_streaming, split_data
 from tlrunner.train.trial import run_trial
-from tlrunner.train.trial_dir import EpochReport, TrialDir
+from tlrunner.train.trial_dir import EpochReport
 from tlrunner.tune.plan import check_search, check_trial, count_trials, grant_here, show_plan
 from tlrunner.tune.space import PlannedTrial
 from tlrunner.uris import absolute, is_weights_file
 
 log = logging.getLogger("tlrunner")
 AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
+AnyJob = TypeVar("AnyJob", bound=TrainJob)
 
 
 def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
@@ -44,11 +47,11 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
     # -- Everything that can be wrong is found before anything starts ------------------------------
     job = job.model_copy(update={"search": _with_absolute_weights(job.search)})
     trials = check_search(job)
-    source = open_source(job.data.uri)
+    source = open_source(job.data.uri, cache_dir=job.data.cache_dir)
     if dry_run:
         show_plan(job, trials, source, out)
         return 0
-    run = find_run(job, job.output, job_name)
+    run = find_run(job, job.output, job_name, job.data.cache_dir)
     if run.is_finished:
         return _show_finished(run, out)
 
@@ -61,15 +64,16 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
         with connected_to_ray(job.log.level):
             job = job.model_copy(update={"resources": granted_resources(job.resources)})
             trials = check_search(job)  # once more, now that it is known whether there are GPUs
-            shards = _prepared(job, out)
-            run, num_settled = held.enter_context(_begun(run, job, shards, out))
-            check_shared(run.path)
+            job, images = _prepared(job, [trial.config for trial in trials], out)
+            run, num_settled = held.enter_context(_begun(run, job, images, out))
+            if not run.uri:
+                check_shared(run.path, "run.json", "choose it with --out")
             num_trials = count_trials(job.search, trials)
             try:
-                run_search(job, num_trials, num_settled, run.path, shards, out)
+                run_search(job, num_trials, num_settled, run.place, images.uri, out)
             except KeyboardInterrupt:
                 interrupted = True
-        return _finish(run, shards, started, out, interrupted)
+        return _finish(run, images, started, out, interrupted)
 
 
 def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
@@ -79,15 +83,15 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
     job = job.model_copy(update={"resources": grant_here(job.resources)})
     config = job.trial()
     check_trial(config)
-    source = open_source(job.data.uri)
-    planned = PlannedTrial(0, config)
+    source = open_source(job.data.uri, cache_dir=job.data.cache_dir)
     if dry_run:
-        show_plan(job, [planned], source, out)
+        show_plan(job, [PlannedTrial(0, config)], source, out)
         return 0
-    run = find_run(job, job.output, job_name)
+    run = find_run(job, job.output, job_name, job.data.cache_dir)
     if run.is_finished:
         return _show_finished(run, out)
-    shards = _prepared(job, out)
+    job, images = _prepared(job, [config], out)
+    planned = PlannedTrial(0, job.trial())
 
     def show(report: EpochReport) -> None:
         out.print(
@@ -97,39 +101,41 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         )
 
     interrupted = False
-    with _begun(run, job, shards, out) as (run, num_settled):
-        directory = run.trials / planned.trial_id
+    with _begun(run, job, images, out) as (run, num_settled):
+        directory = run.trial(planned.trial_id)
         try:
             if num_settled == 0:  # else only the end is missing
-                run_trial(config, show, trial_dir=directory, shards=shards)
+                run_trial(planned.config, show, trial_dir=directory.place, shards=images.uri)
         except KeyboardInterrupt:
             interrupted = True
         except TlrunnerError:
             raise
         except Exception as err:
-            TrialDir(directory).fail(err)
+            directory.fail(err)
             log.error("trial %s failed: %s", planned.trial_id, err, exc_info=err)
-        return _finish(run, shards, started, out, interrupted)
+        return _finish(run, images, started, out, interrupted)
 
 
 def prepare_images(job: PrepareJob, job_name: str, out: Console, dry_run: bool) -> int:
     """Write any source of images as shards. Gives the exit code."""
-    source = open_source(absolute(job.data.uri), labelled=False)
+    cache_dir = job.data.cache_dir
+    source = open_source(absolute(job.data.uri), labelled=False, cache_dir=cache_dir)
     if dry_run:
         out.print(f"{len(source)} images of {len(source.class_names)} classes in {source.uri}")
         return 0
-    directory = new_directory(job.output, job_name)
+    target = str(place_for(job.output, job_name, cache_dir))
+    settings = WriteSettings(job.data.limit, **job.shards.model_dump())
     with preparing(out) as progress:
         manifest = write_shards(
             source,
-            directory,
-            limit=job.data.limit,
+            target,
+            settings,
             max_bad_fraction=job.data.max_bad_fraction,
             progress=progress,
         )
     out.print(
         f"{manifest.num_images} images of {len(manifest.class_names)} classes in "
-        f"{len(manifest.shards)} shards, {manifest.num_bad} unusable: {directory}",
+        f"{len(manifest.shards)} shards, {manifest.num_bad} unusable: {target}",
         soft_wrap=True,
     )
     return 0
@@ -166,8 +172,11 @@ def _with_absolute_weights(search: SearchConfig) -> SearchConfig:
     return search.model_copy(update={"space": space})
 
 
-def _prepared(job: TrainJob, out: Console) -> Path:
-    """The shards of the job's images, whose split is known to work."""
+def _prepared(job: AnyJob, trials: Sequence[TrialConfig], out: Console) -> tuple[AnyJob, Dataset]:
+    """The job's images as shards, and the job with all that depends on them decided.
+
+    Only what is known of the rows is read here: the shards themselves are read by the trials.
+    """
     with preparing(out) as progress:
         shards = prepare(
             job.data.uri,
@@ -176,23 +185,35 @@ def _prepared(job: TrainJob, out: Console) -> Path:
             progress=progress,
         )
     verify_shards(shards)  # every byte, once a run
-    dataset, splits = open_data(job.data, shards)
+    images = open_dataset(shards, node_cache(job.data), streamed=True)
+    splits = split_data(job.data, images)
     out.print(
         f"{len(splits.train)} images train, {len(splits.val)} validate, {len(splits.test)} test; "
-        f"{len(dataset.class_names)} classes",
+        f"{len(images.class_names)} classes",
     )
-    return shards
+    data = settle_streaming(job.data, shards)
+    preprocesses = [describe(t.backbone, t.data.image_size).preprocess for t in trials]
+    data = settle_decoded_cache(data, images, preprocesses)
+    if data.streaming == "on":
+        out.print("images are streamed; each epoch shuffles 16 row groups at a time")
+    if data.decoded_cache == "on":
+        sides = sorted({short_side(preprocess) for preprocess in preprocesses})
+        sizes = ", ".join(map(str, sides))
+        out.print(f"images are decoded once, with a shorter side of {sizes} px at most")
+    return job.model_copy(update={"data": data}), images
 
 
 @contextmanager
-def _begun(run: RunDir, job: TrainJob, shards: Path, out: Console) -> Iterator[tuple[RunDir, int]]:
+def _begun(
+    run: RunDir, job: TrainJob, images: Dataset, out: Console
+) -> Iterator[tuple[RunDir, int]]:
     """The run's directory, ours from here on, with a log and the list of unusable images in it."""
-    with begun_run(run, job, open_dataset(shards).manifest.sha256) as (run, num_settled):
+    with begun_run(run, job, images.manifest.sha256) as (run, num_settled):
         _log_to(run)
-        copy_bad_images(shards, run)
+        copy_bad_images(images.uri, run)
         kept = f": {num_settled} trials are done already" if num_settled else ""
-        out.print(f"run {run.path}{kept}", soft_wrap=True)
-        if "runtime_resources" in run.path.parts:
+        out.print(f"run {run.place}{kept}", soft_wrap=True)
+        if "runtime_resources" in str(run.place).split("/"):
             out.print(
                 "note: this directory is Ray's copy of the job and goes when the job does; give "
                 "--out an absolute path to keep the run",
@@ -201,23 +222,22 @@ def _begun(run: RunDir, job: TrainJob, shards: Path, out: Console) -> Iterator[t
         yield run, num_settled
 
 
-def _finish(run: RunDir, shards: Path, started: float, out: Console, interrupted: bool) -> int:
-    manifest = open_dataset(shards).manifest
-    summary = finish_run(run, manifest, time.monotonic() - started, interrupted=interrupted)
+def _finish(run: RunDir, images: Dataset, started: float, out: Console, interrupted: bool) -> int:
+    summary = finish_run(run, images.manifest, time.monotonic() - started, interrupted=interrupted)
     if interrupted:
         raise InterruptedRun(
-            f"run {run.path} was interrupted",
+            f"run {run.place} was interrupted",
             "",
             f"the same command with --name {run.path.name} continues it",
         )
-    show_summary(summary, run.path, out)
+    show_summary(summary, str(run.place), out)
     return exit_code(summary)
 
 
 def _show_finished(run: RunDir, out: Console) -> int:
-    summary: dict[str, Any] = read_json(run.path / "summary.json")
-    out.print(f"run {run.path} is finished already", highlight=False, soft_wrap=True)
-    show_summary(summary, run.path, out)
+    summary: dict[str, Any] = json.loads(run.place.store.read("summary.json"))
+    out.print(f"run {run.place} is finished already", highlight=False, soft_wrap=True)
+    show_summary(summary, str(run.place), out)
     return exit_code(summary)
 
 

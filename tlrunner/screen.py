@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,13 +25,13 @@ def preparing(out: Console) -> Iterator[Callable[[int, int], None]]:
         out.print(f"prepared {last[0]} of {last[1]} images", highlight=False)
 
 
-def show_summary(summary: dict[str, Any], path: Path, out: Console) -> None:
+def show_summary(summary: dict[str, Any], where: str, out: Console) -> None:
     """The few lines with which a run ends."""
     states = ", ".join(f"{number} {state}" for state, number in summary["trials"].items() if number)
     out.print(f"{summary['status']}: {states}; {summary['wall_seconds']:.0f} s", highlight=False)
     best = summary["best"]
     if best is None:
-        out.print(f"no trial is usable; see {path / 'leaderboard.csv'}", soft_wrap=True)
+        out.print(f"no trial is usable; see {where}/leaderboard.csv", soft_wrap=True)
         return
     config = best["config"]
     out.print(
@@ -42,5 +41,5 @@ def show_summary(summary: dict[str, Any], path: Path, out: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    out.print(f"model: {path / 'best'}", highlight=False, soft_wrap=True)
-    out.print(f"report: {path / 'report.html'}", highlight=False, soft_wrap=True)
+    out.print(f"model: {where}/best", highlight=False, soft_wrap=True)
+    out.print(f"report: {where}/report.html", highlight=False, soft_wrap=True)

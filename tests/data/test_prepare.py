@@ -17,9 +17,9 @@ PREPARE = "import sys; from tlrunner.data.prepare import prepare; print(prepare(
 
 
 def test_shards_are_written_once(folder: Path, tmp_path: Path) -> None:
-    first = prepare(str(folder), tmp_path / "cache")
+    first = Path(prepare(str(folder), tmp_path / "cache"))
     written = (first / "manifest.json").stat().st_mtime_ns
-    assert prepare(str(folder), tmp_path / "cache") == first
+    assert prepare(str(folder), tmp_path / "cache") == str(first)
     assert (first / "manifest.json").stat().st_mtime_ns == written
 
 

@@ -1,5 +1,7 @@
 import errno
 import shutil
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import encoded, image_folder, picture
 
-from tlrunner.data import write
+from tlrunner.data import shardfile, write
 from tlrunner.data.dataset import open_dataset, verify_shards
 from tlrunner.data.decode import decode
-from tlrunner.data.index import build_index, index_path
+from tlrunner.data.index import build_index, index_path, load_index
+from tlrunner.data.manifest import SPLITS
+from tlrunner.data.shardfile import SCHEMA
 from tlrunner.data.sources import open_source
-from tlrunner.data.write import write_shards
+from tlrunner.data.write import WriteSettings, write_shards
 from tlrunner.errors import ConfigError, DataError, StorageError
 
 
@@ -30,11 +34,16 @@ def test_every_image_comes_back_byte_for_byte(folder: Path, tmp_path: Path) -> N
         assert dataset.class_names[dataset.labels_N[row]] == key.split("/")[0]
 
 
-def test_many_row_groups_and_shards_are_indexed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(write, "ROW_GROUP_BYTES", 3000)
-    monkeypatch.setattr(write, "SHARD_BYTES", 8000)
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row groups of about 3 kB, shards of about 8."""
+    monkeypatch.setattr(shardfile, "ROW_GROUP_BYTES", 3000)
+    monkeypatch.setattr(shardfile, "MAX_ROW_GROUP_BYTES", 4000)
+    monkeypatch.setattr(write, "MIN_SHARD_BYTES", 8000)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_many_row_groups_and_shards_are_indexed(folder: Path, tmp_path: Path) -> None:
     manifest = write_shards(open_source(str(folder)), tmp_path / "shards")
     assert len(manifest.shards) > 1
     assert pq.ParquetFile(tmp_path / "shards" / manifest.shards[0].path).num_row_groups > 1
@@ -45,10 +54,92 @@ def test_many_row_groups_and_shards_are_indexed(
     )
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_blocks_are_the_row_groups_and_the_footer(folder: Path, tmp_path: Path) -> None:
+    manifest = write_shards(open_source(str(folder)), tmp_path / "shards")
+    for shard in manifest.shards:
+        content = (tmp_path / "shards" / shard.path).read_bytes()
+        metadata = pq.read_metadata(tmp_path / "shards" / shard.path)
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        assert [block.num_rows for block in shard.blocks] == [*groups, 0]
+        pieces = [content[b.start : b.start + b.num_bytes] for b in shard.blocks]
+        assert b"".join(pieces) == content
+        assert [sha256(piece).hexdigest() for piece in pieces] == [b.sha256 for b in shard.blocks]
+        index = load_index(tmp_path / "shards" / shard.index_path, shard.num_rows, len(content))
+        ends = np.cumsum([block.num_bytes for block in shard.blocks])
+        first = np.searchsorted(ends, index["offset"], side="right")
+        last = np.searchsorted(ends, index["offset"] + index["length"] - 1, side="right")
+        assert (first == last).all()  # no image lies in two blocks
+        assert np.bincount(first).tolist() == groups
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(errno.ENOSPC, "disk full")])
+def test_a_broken_run_continues_where_it_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    whole = write_shards(open_source(str(folder)), tmp_path / "whole")
+    real, calls = shardfile.build_index, [0]
+
+    def failing(path: Path) -> np.ndarray:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise fault
+        return real(path)
+
+    monkeypatch.setattr(shardfile, "build_index", failing)
+    expected = StorageError if isinstance(fault, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write_shards(open_source(str(folder)), tmp_path / "shards")
+    assert leftovers(tmp_path / "shards") == [
+        *(f"shard-0000{i}.{kind}" for i in (0, 1) for kind in ("index.npy", "parquet")),
+        "unfinished.json",
+    ]
+    with pytest.raises(DataError, match=r"not written to their end.*continues them"):
+        open_source(str(tmp_path / "shards"))
+    with pytest.raises(StorageError, match="other images or with other settings"):
+        write_shards(open_source(str(folder)), tmp_path / "shards", WriteSettings(seed=1))
+    seen: list[int] = []
+    source = open_source(str(folder))
+    again = write_shards(
+        source, tmp_path / "shards", progress=lambda done, total: seen.append(done)
+    )
+    done_before = sum(shard.num_rows for shard in whole.shards[:2])
+    assert seen == list(range(done_before + 1, 25))
+    assert again == whole
+    assert "unfinished.json" not in leftovers(tmp_path / "shards")
+    verify_shards(tmp_path / "shards")
+
+
+def test_larger_images_are_scaled_down_where_asked_to(folder: Path, tmp_path: Path) -> None:
+    (folder / "ant" / "small.png").write_bytes(encoded(picture(width=20, height=16), "PNG"))
+    (folder / "ant" / "large.png").write_bytes(encoded(picture(width=90, height=60), "PNG"))
+    source = open_source(str(folder))
+    write_shards(source, tmp_path / "shards", WriteSettings(max_side=24))
+    dataset = open_dataset(tmp_path / "shards")
+    sizes = dict(zip(dataset.keys, dataset.sizes_N2.tolist(), strict=True))
+    assert sizes["ant/0.jpg"] == [20, 24]  # was 40 x 48
+    assert sizes["ant/large.png"] == [16, 24]
+    assert sizes["ant/small.png"] == [16, 20]
+    for row in range(len(dataset)):
+        assert decode(dataset.image_bytes(row)).shape[:2] == tuple(dataset.sizes_N2[row])
+
+
+def test_what_a_source_says_of_splits_is_kept(folder: Path, tmp_path: Path) -> None:
+    source = open_source(str(folder))
+    splits = [("train", "val", "test", "")[i % 4] for i in range(24)]
+    manifest = write_shards(replace(source, splits=splits), tmp_path / "shards")
+    assert manifest.counts == dict.fromkeys(("test", "train", "unsplit", "val"), (3, 3))
+    dataset = open_dataset(tmp_path / "shards")
+    said = dict(zip(source.keys, splits, strict=True))
+    for row, key in enumerate(dataset.keys):
+        assert SPLITS[dataset.splits_N[row]] == (said[key] or "unsplit")
+
+
 def test_shards_are_plain_parquet_with_the_documented_schema(folder: Path, tmp_path: Path) -> None:
     manifest = write_shards(open_source(str(folder)), tmp_path / "shards")
     table = pq.read_table(tmp_path / "shards" / manifest.shards[0].path)
-    assert table.schema.equals(write.SCHEMA)
+    assert table.schema.equals(SCHEMA)
     assert table["width"].to_pylist() == [48] * 24
     assert decode(table["image"][3].as_py()).shape == (40, 48, 3)
 
@@ -56,7 +147,7 @@ def test_shards_are_plain_parquet_with_the_documented_schema(folder: Path, tmp_p
 def test_rows_are_shuffled_the_same_way_every_time(folder: Path, tmp_path: Path) -> None:
     source = open_source(str(folder))
     hashes = {
-        name: write_shards(source, tmp_path / name, seed=seed).sha256
+        name: write_shards(source, tmp_path / name, WriteSettings(seed=seed)).sha256
         for name, seed in (("first", 0), ("second", 0), ("other", 1))
     }
     assert hashes["first"] == hashes["second"] != hashes["other"]
@@ -67,9 +158,13 @@ def test_rows_are_shuffled_the_same_way_every_time(folder: Path, tmp_path: Path)
 def test_a_limit_is_stratified(tmp_path: Path) -> None:
     image_folder(tmp_path / "images", ("ant", "bee", "cat"), each=10)
     source = open_source(str(tmp_path / "images"))
-    assert write_shards(source, tmp_path / "shards", limit=7).label_counts == (3, 2, 2)
+    assert write_shards(source, tmp_path / "shards", WriteSettings(limit=7)).label_counts == (
+        3,
+        2,
+        2,
+    )
     with pytest.raises(ConfigError, match=r"data.limit is 2"):
-        write_shards(source, tmp_path / "none", limit=2)
+        write_shards(source, tmp_path / "none", WriteSettings(limit=2))
 
 
 def test_bad_images_are_left_out_and_listed(folder: Path, tmp_path: Path) -> None:
@@ -109,7 +204,7 @@ def test_a_fault_leaves_nothing_behind(
     def failing(*args: object) -> None:
         raise fault
 
-    monkeypatch.setattr(write, "build_index", failing)
+    monkeypatch.setattr(shardfile, "build_index", failing)
     expected = StorageError if isinstance(fault, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
         write_shards(open_source(str(folder)), tmp_path / "shards")
@@ -145,7 +240,7 @@ def test_damaged_shards_are_noticed(folder: Path, tmp_path: Path) -> None:
         verify_shards(flipped)
     verify_shards(tmp_path / "good")
     (tmp_path / "good" / shard).unlink()
-    with pytest.raises(DataError, match="broken"):
+    with pytest.raises(DataError, match=r"shard-00000\.parquet is not in .*the manifest lists it"):
         open_dataset(tmp_path / "good")
 
 

@@ -140,8 +140,8 @@ def test_a_rotten_checkpoint_of_the_best_trial_is_no_success(
 def test_bad_images_are_listed_where_people_look(run: RunDir, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
-    copy_bad_images(shards, run)
+    copy_bad_images(str(shards), run)
     assert "bad_images.parquet" not in files_of(run)
     (shards / "bad_images.parquet").write_bytes(b"listing")
-    copy_bad_images(shards, run)
+    copy_bad_images(str(shards), run)
     assert (run.path / "bad_images.parquet").read_bytes() == b"listing"

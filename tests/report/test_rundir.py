@@ -11,7 +11,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import config_hash, load
 from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
 from tlrunner.jobconfig import JobConfig, OutputConfig
-from tlrunner.report.rundir import RunDir, begun_run, find_run, new_directory
+from tlrunner.report.rundir import RunDir, begun_run, check_empty, find_run, place_for
 
 WriteTrial = Callable[..., TrialConfig]
 
@@ -74,38 +74,39 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
         find_run(job, job.output, "tune")
 
 
-def test_a_new_directory_is_absent_or_empty(tmp_path: Path) -> None:
+def test_a_place_for_results_is_empty(tmp_path: Path) -> None:
     output = OutputConfig(uri=str(tmp_path / "runs"), name="mine")
-    directory = new_directory(output, "predict")
-    assert directory == tmp_path / "runs" / "mine"
-    assert not directory.exists()
-    directory.mkdir()
-    assert new_directory(output, "predict") == directory
-    (directory / "notes.txt").write_text("not to be lost")
+    place = place_for(output, "predict")
+    assert place.path == tmp_path / "runs" / "mine"
+    assert not place.path.exists()
+    check_empty(place)
+    place.path.mkdir()
+    check_empty(place)
+    (place.path / "notes.txt").write_text("not to be lost")
     with pytest.raises(StorageError, match=r"mine holds something already; choose another --name"):
-        new_directory(output, "predict")
-    (directory.parent / "file").write_text("in the way")
+        check_empty(place)
+    (tmp_path / "runs" / "file").write_text("in the way")
     with pytest.raises(StorageError, match="file holds something already"):
-        new_directory(output.model_copy(update={"name": "file"}), "predict")
+        check_empty(place_for(output.model_copy(update={"name": "file"}), "predict"))
 
 
-def test_a_new_directory_without_a_name_is_numbered(tmp_path: Path) -> None:
+def test_a_place_without_a_name_is_numbered(tmp_path: Path) -> None:
     output = OutputConfig(uri=str(tmp_path))
     for number in (1, 2):
-        directory = new_directory(output, "predict")
-        assert directory.name == f"predict-{datetime.date.today().isoformat()}-{number}"
-        directory.mkdir()
+        place = place_for(output, "predict")
+        assert place.path.name == f"predict-{datetime.date.today().isoformat()}-{number}"
+        place.path.mkdir()
 
 
-def test_a_new_directory_where_nothing_can_be_written_is_a_storage_error(tmp_path: Path) -> None:
+def test_a_place_where_nothing_can_be_written_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="file cannot be written"):
-        new_directory(OutputConfig(uri=str(tmp_path / "file")), "predict")
+        place_for(OutputConfig(uri=str(tmp_path / "file")), "predict")
 
 
-def test_an_output_that_is_no_directory_is_refused() -> None:
-    output = OutputConfig(uri="s3://bucket/runs", name="mine")
-    with pytest.raises(ConfigError, match=r"output\.uri is 's3://bucket/runs'"):
+def test_a_place_of_an_unknown_kind_is_refused() -> None:
+    output = OutputConfig(uri="gs://bucket/runs", name="mine")
+    with pytest.raises(StorageError, match=r"'gs://' is no place; valid: a path, .*s3://"):
         find_run(JobConfig(output=output), output, "tune")
 
 

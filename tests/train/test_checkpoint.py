@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from tlrunner.errors import StorageError
 from tlrunner.train.checkpoint import (
-    keep_only,
+    others,
     read_checkpoint,
     save_tensors,
     verify_commit,
     write_checkpoint,
     write_commit,
 )
+from tlrunner.train.trial_dir import TrialDir
 
 TENSORS = {
     "conv.weight": torch.arange(24.0).reshape(2, 3, 2, 2),
@@ -59,7 +60,9 @@ def test_an_attempt_is_never_used_twice(tmp_path: Path) -> None:
     third = write_checkpoint(tmp_path, 8, TENSORS, {})
     assert [first.name, third.name] == ["00000008-0", "00000008-2"]
     assert not list(torn.iterdir())
-    keep_only(third)
+    assert others(third) == [first, torn]
+    shutil.rmtree(first)
+    shutil.rmtree(torn)
     assert write_checkpoint(tmp_path, 8, TENSORS, {}).name == "00000008-3"
 
 
@@ -117,23 +120,23 @@ def test_a_commit_cannot_vouch_for_files_elsewhere(tmp_path: Path) -> None:
         verify_commit(inner)
 
 
-def test_only_the_checkpoint_to_keep_is_kept_and_nothing_but_checkpoints_removed(
-    tmp_path: Path,
-) -> None:
+def test_nothing_but_the_other_checkpoints_goes_for_one(tmp_path: Path) -> None:
+    trial = TrialDir(tmp_path)
     for step in (4, 8):
-        write_checkpoint(tmp_path, step, {}, {})
-    kept = write_checkpoint(tmp_path, 12, {}, {})
-    (tmp_path / "notes").mkdir()
-    keep_only(kept)
-    assert {path.name for path in tmp_path.iterdir()} == {kept.name, "notes"}
+        write_checkpoint(trial.checkpoints, step, {}, {})
+    kept = write_checkpoint(trial.checkpoints, 12, {}, {})
+    (trial.checkpoints / "notes").mkdir()
+    trial.keep_only(kept)
+    assert {path.name for path in trial.checkpoints.iterdir()} == {kept.name, "notes"}
     verify_commit(kept)
 
 
 def test_nothing_is_dropped_for_a_checkpoint_that_is_not_committed(tmp_path: Path) -> None:
-    good = write_checkpoint(tmp_path, 4, {}, {})
-    (tmp_path / "00000008-0").mkdir()
+    trial = TrialDir(tmp_path)
+    good = write_checkpoint(trial.checkpoints, 4, {}, {})
+    (trial.checkpoints / "00000008-0").mkdir()
     with pytest.raises(AssertionError, match="not committed"):
-        keep_only(tmp_path / "00000008-0")
+        trial.keep_only(trial.checkpoints / "00000008-0")
     verify_commit(good)
 
 

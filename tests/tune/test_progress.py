@@ -11,6 +11,7 @@ from rich.console import Console
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import TrialDir
 from tlrunner.tune.progress import Progress
 from tlrunner.tune.space import trial_at
@@ -34,7 +35,7 @@ class Search:
     def __init__(self, tree: dict[str, Any], path: Path, write_trial: WriteTrial) -> None:
         self.job = validate(JobConfig, tree)
         self.console = Console(file=io.StringIO(), width=200)
-        self.progress = Progress(self.job, path, 1, self.console)
+        self.progress = Progress(self.job, Place(path), 1, self.console)
         self.trial = RayTrial()
         self.planned = trial_at(self.job, 0, self.trial.config["trial"]["point"])
         self.directory = TrialDir(path / self.planned.trial_id)

@@ -1,10 +1,12 @@
-"""A directory of shards, opened: labels and ids of all rows, and the bytes of any one of them.
+"""A data set of shards, opened: labels and ids of all rows, and the picture of any one of them.
 
-Rows are numbered through the shards in the manifest's order. Shards are mapped into memory, so
-that all trials of a machine share one copy of them, in the page cache.
+Rows are numbered through the shards in the manifest's order. Shards in a directory are read where
+they are; those in S3 are fetched into the node's cache once for all of its trials, or streamed
+where the cache is too small for them.
 """
 
-import mmap
+import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,102 +14,248 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tlrunner.data.index import load_index
-from tlrunner.data.manifest import Manifest, Shard, read_manifest
+from tlrunner.data.cache import NodeCache
+from tlrunner.data.decode import Decoded, Encoded, Picture
+from tlrunner.data.decoded import DecodedCache
+from tlrunner.data.fetch import download, open_store
+from tlrunner.data.index import Index, build_index, load_index
+from tlrunner.data.manifest import MANIFEST_NAME, SPLITS, Manifest, Shard, parse_manifest
 from tlrunner.data.order import Ids, Rows
+from tlrunner.data.shards import LocalShards, Shards, StreamedShards, absent
+from tlrunner.data.store import LocalStore, Part, Store
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_file
 
+WINDOW = 16  # row groups that a streamed epoch shuffles at a time: 128 to 256 MiB
+
 
 class Dataset:
-    """The rows of a directory of shards. Any number of threads may read from it.
+    """The rows of a data set. Any number of threads may read from it.
 
     Attributes:
+        uri: where its manifest lies.
         ids_N: sample ids, which all order and randomness derive from.
         labels_N: class numbers, -1 where there are no labels.
+        splits_N: what the source said of each row, as a number of `manifest.SPLITS`.
+        sizes_N2: (height, width) of each image in pixels.
+        groups_N: row group of each row, numbered over the data set.
+        window: row groups that may be in use at a time; None if all may.
+        decoded: where pictures come from, if anywhere but from the shards.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory, self.manifest = directory, manifest
+    def __init__(
+        self, uri: str, manifest: Manifest, indices: Sequence[Index], shards: Shards
+    ) -> None:
+        self.uri, self.manifest, self.shards = uri, manifest, shards
+        self.directory = uri
+        self.decoded: DecodedCache | None = None
         self.class_names = manifest.class_names
-        paths = [directory / shard.path for shard in manifest.shards]
-        self._content = [
-            _mapped(path, shard) for path, shard in zip(paths, manifest.shards, strict=True)
-        ]
-        self._indices = [
-            load_index(path, shard.num_rows)
-            for path, shard in zip(paths, manifest.shards, strict=True)
-        ]
-        self._starts = np.cumsum([0, *(len(index) for index in self._indices)])
-        self.ids_N: Ids = _column([index["id"] for index in self._indices], np.uint64)
-        self.labels_N: Rows = _column([index["label"] for index in self._indices], np.int64)
+        self.window = shards.window if isinstance(shards, StreamedShards) else None
+        self._indices = indices
+        self._starts = np.cumsum([0, *(len(index) for index in indices)])
+        self.ids_N: Ids = _column([index["id"] for index in indices], np.uint64)
+        self.labels_N: Rows = _column([index["label"] for index in indices], np.int64)
+        self.splits_N: Rows = _column([index["split"] for index in indices], np.int64)
+        sides = [_column([index[side] for index in indices], np.int64) for side in _SIDES]
+        self.sizes_N2 = np.stack(sides, 1)
 
     def __len__(self) -> int:
         return self.manifest.num_images
 
-    def image_bytes(self, row: int) -> memoryview:
-        """The stored JPEG or PNG of a row, without a copy."""
+    def image_bytes(self, row: int) -> bytes:
+        """The stored JPEG or PNG of a row.
+
+        Raises:
+            DataError, StorageError: the shard changed, or cannot be read any more.
+        """
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         record = self._indices[shard][row - self._starts[shard]]
-        offset = int(record["offset"])
-        return memoryview(self._content[shard])[offset : offset + int(record["length"])]
+        return self.shards.read(shard, int(record["offset"]), int(record["length"]))
+
+    def picture(self, row: int) -> Picture:
+        """A row's image, to be rendered.
+
+        Raises:
+            BadImage: the stored bytes are no image.
+            DataError, StorageError: they cannot be read any more.
+        """
+        if self.decoded:
+            return Decoded(self.decoded.pixels(row))
+        return Encoded(self.image_bytes(row))
+
+    @cached_property
+    def groups_N(self) -> Rows:  # noqa: N802  (a shape ends its name)
+        assert isinstance(self.shards, StreamedShards), "only a streamed data set has a window"
+        group_of = self.shards.group_of
+        return _column([group_of(i, x["offset"]) for i, x in enumerate(self._indices)], np.int64)
+
+    def plan(self, rows_R: Rows) -> None:
+        """Announce the rows that will be read next, in order."""
+        if self.window is not None:
+            self.shards.plan(self.groups_N[rows_R])
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if a shard is not the file any more that was opened."""
+        self.shards.check_unchanged()
 
     @cached_property
     def keys(self) -> list[str]:
         """The key of each row: its path in the original data set. Read when first asked for."""
-        columns = [self._read(shard, "key") for shard in self.manifest.shards]
+        columns = []
+        for number in range(len(self.manifest.shards)):
+            with self.shards.open(number) as file:
+                table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
+            columns.append(table["key"])
         return [key for column in columns for key in column.to_pylist()]
 
-    def _read(self, shard: Shard, column: str) -> pa.ChunkedArray:
-        path = self.directory / shard.path
-        return pq.read_table(path, columns=[column], page_checksum_verification=True)[column]
+
+_SIDES = ("height", "width")
 
 
-def open_dataset(directory: Path) -> Dataset:
-    """Open a directory of shards.
+def open_dataset(
+    where: str | Path, cache: NodeCache | None = None, *, streamed: bool = False
+) -> Dataset:
+    """Open the shards in a directory or below an S3 prefix.
+
+    Args:
+        cache: where those in S3 are kept; needed for S3 alone.
+        streamed: read row groups when they are needed, and keep none.
 
     Raises:
         DataError: no manifest, or files that are missing, cut short, or at odds with it.
+        StorageError: the store cannot be read, or the cache not written.
     """
-    manifest = read_manifest(directory)
+    store = open_store(str(where))
+    manifest = load_manifest(store)
     try:
-        dataset = Dataset(directory, manifest)
+        indices = [_index(store, shard, cache) for shard in manifest.shards]
+        shards = (
+            StreamedShards(store, manifest, WINDOW)
+            if streamed
+            else _on_this_node(store, manifest, cache)
+        )
     except (OSError, pa.ArrowException) as err:
-        raise _broken(directory, str(err)) from err
-    num_classes = len(manifest.class_names)
-    counts = np.bincount(dataset.labels_N[dataset.labels_N >= 0], minlength=num_classes)
-    if tuple(counts.tolist()) != manifest.label_counts:
-        raise _broken(directory, "its labels are not those that the manifest counts")
+        raise broken(store.uri, str(err)) from err
+    dataset = Dataset(store.uri, manifest, indices, shards)
+    _check_counts(dataset)
     return dataset
 
 
-def verify_shards(directory: Path) -> Manifest:
-    """Read every byte of every shard and compare it with the manifest.
+def load_manifest(store: Store) -> Manifest:
+    """The manifest of a store of shards.
+
+    Raises:
+        DataError: there is none, or it is of no use.
+        StorageError: the store cannot be read.
+    """
+    where = f"{store.uri}/{MANIFEST_NAME}"
+    try:
+        text = store.read(MANIFEST_NAME)
+    except FileNotFoundError as err:
+        raise DataError(
+            f"{where} does not exist",
+            "a place that jobs/prepare_images.py wrote",
+            "prepare the images first",
+        ) from err
+    return parse_manifest(text, where)
+
+
+def verify_shards(where: str | Path) -> Manifest:
+    """Read every byte of the shards in a directory and compare them with the manifest.
+
+    Those in S3 are compared as they are fetched.
 
     Raises:
         DataError: a shard is not what was written.
     """
-    manifest = read_manifest(directory)
-    for shard in manifest.shards:
-        path = directory / shard.path
-        if not path.is_file() or sha256_file(path) != shard.sha256:
-            raise _broken(directory, f"{shard.path} is not the file that was written")
+    store = open_store(str(where))
+    manifest = load_manifest(store)
+    if isinstance(store, LocalStore):
+        for shard in manifest.shards:
+            expected = {shard.path: shard.sha256, shard.index_path: shard.index_sha256}
+            for name, sha256 in expected.items():
+                path = store.path(name)
+                if name == shard.path and not path.is_file():
+                    raise absent(store.uri, name)
+                if path.is_file() and sha256_file(path) != sha256:
+                    raise broken(store.uri, f"{name} is not the file that was written")
     return manifest
 
 
-def _mapped(path: Path, shard: Shard) -> mmap.mmap:
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if size != shard.num_bytes:
-            raise _broken(path.parent, f"{path.name} has {size} bytes, not {shard.num_bytes}")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def broken(uri: str, why: str) -> DataError:
+    return DataError(
+        f"the shards in {uri} are broken: {why}", "", "delete them, prepare the images again"
+    )
+
+
+def _index(store: Store, shard: Shard, cache: NodeCache | None) -> Index:
+    if isinstance(store, LocalStore):
+        path = store.path(shard.index_path)
+        if not path.is_file():
+            return build_index(store.path(shard.path))
+    else:
+        whole = Part(0, shard.index_bytes, shard.index_sha256)
+        assert cache is not None, "shards that are not on this machine need a cache"
+        name = f"{shard.index_sha256}.index.npy"
+        os.close(_cached(store, shard.index_path, [whole], cache, name))
+        path = cache.directory / name
+    return load_index(path, shard.num_rows, shard.num_bytes)
+
+
+def _on_this_node(store: Store, manifest: Manifest, cache: NodeCache | None) -> LocalShards:
+    if isinstance(store, LocalStore):
+        paths = [store.path(shard.path) for shard in manifest.shards]
+        shards = LocalShards(paths, [_opened(store, shard) for shard in manifest.shards])
+    else:
+        assert cache is not None, "shards that are not on this machine need a cache"
+        names = [f"{shard.sha256}.parquet" for shard in manifest.shards]
+        held = [
+            _cached(store, shard.path, [block.part for block in shard.blocks], cache, name)
+            for shard, name in zip(manifest.shards, names, strict=True)
+        ]
+        shards = LocalShards([cache.directory / name for name in names], held)
+    return shards
+
+
+def _opened(store: LocalStore, shard: Shard) -> int:
+    path = store.path(shard.path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError as err:
+        raise absent(store.uri, shard.path) from err
+    size = os.fstat(descriptor).st_size
+    if size != shard.num_bytes:
+        os.close(descriptor)
+        raise broken(store.uri, f"{path.name} has {size} bytes, not {shard.num_bytes}")
+    return descriptor
+
+
+def _cached(store: Store, name: str, parts: list[Part], cache: NodeCache, cached_name: str) -> int:
+    """A descriptor of a file in the cache, fetched and checked part by part if it is not there."""
+
+    def make(path: Path) -> None:
+        try:
+            download(store, name, path, parts)
+        except FileNotFoundError as err:
+            raise absent(store.uri, name) from err
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    num_bytes = sum(part.num_bytes for part in parts)
+    return cache.hold(cached_name, num_bytes, make)
+
+
+def _check_counts(dataset: Dataset) -> None:
+    """Labels and splits of the rows are those that the manifest counts."""
+    manifest, num_classes = dataset.manifest, len(dataset.class_names)
+    labels_N, splits_N = dataset.labels_N, dataset.splits_N
+    if labels_N.max(initial=-1) >= num_classes:
+        raise broken(dataset.uri, f"a label is {labels_N.max()}, there are {num_classes} classes")
+    for number, split in enumerate(SPLITS):
+        found = np.bincount(labels_N[(splits_N == number) & (labels_N >= 0)], minlength=num_classes)
+        if tuple(found.tolist()) != manifest.counts.get(split, (0,) * num_classes):
+            raise broken(dataset.uri, "its labels are not those that the manifest counts")
 
 
 def _column(parts: list[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
-
-
-def _broken(directory: Path, why: str) -> DataError:
-    return DataError(
-        f"the shards in {directory} are broken: {why}", "", "delete the directory, prepare again"
-    )
+    return np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype)

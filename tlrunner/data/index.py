@@ -2,22 +2,31 @@
 
 An image column that is plain, uncompressed and without dictionary holds each image in one piece,
 behind its length. The index of `NAME.parquet` is `NAME.index.npy`: one record a row with `offset`
-and `length` of the image in bytes, its `label` and its sample `id`. Made by reading the file back,
-which also proves that it can be read.
+and `length` of the image in bytes, its `width` and `height` in pixels, its `label`, its `split`
+(a number of `manifest.SPLITS`) and its sample `id`. Made by reading the file back, which also
+proves that it can be read.
 """
 
 import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tlrunner.data.manifest import SPLITS, UNSPLIT
 from tlrunner.data.order import sample_ids
 from tlrunner.errors import DataError
 from tlrunner.files import write_with
 
-INDEX_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("label", "<i8"), ("id", "<u8")])
+INDEX_DTYPE = np.dtype(
+    [
+        *(("offset", "<u8"), ("length", "<u8"), ("id", "<u8"), ("label", "<i4")),
+        *(("width", "<u4"), ("height", "<u4"), ("split", "<u4")),
+    ]
+)
 Index = NDArray[np.void]
 
 
@@ -29,7 +38,7 @@ def build_index(shard: Path) -> Index:
     """Read a shard back and locate every image.
 
     Raises:
-        DataError: the file's images are not stored contiguously.
+        DataError: the file's images are not stored contiguously, or a column is missing.
         OSError, pyarrow.ArrowException: the file cannot be read.
     """
     groups = []
@@ -38,17 +47,29 @@ def build_index(shard: Path) -> Index:
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         pq.ParquetFile(shard, page_checksum_verification=True) as parquet,
     ):
+        names = parquet.schema_arrow.names
+        missing = [n for n in ("image", "label", "width", "height", "key") if n not in names]
+        if missing:
+            raise DataError(f"{shard} has no column '{missing[0]}'", ", ".join(names))
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=["image", "label", "key"])
-            column = parquet.metadata.row_group(group).column(0)
-            images = [value.as_buffer() for value in table["image"]]
-            index = np.empty(len(images), INDEX_DTYPE)
-            index["offset"] = _locate(content, images, column.data_page_offset, shard)
-            index["length"] = [len(image) for image in images]
-            index["label"] = table["label"].to_numpy()
-            index["id"] = sample_ids(table["key"].to_pylist())
-            groups.append(index)
+            table = parquet.read_row_group(group, columns=[*names])
+            column = parquet.metadata.row_group(group).column(names.index("image"))
+            groups.append(_index_group(table, content, column.data_page_offset, shard))
     return np.concatenate(groups) if groups else np.empty(0, INDEX_DTYPE)
+
+
+def _index_group(table: pa.Table, content: mmap.mmap, start: int, shard: Path) -> Index:
+    images = [value.as_buffer() for value in table["image"]]
+    index = np.empty(len(images), INDEX_DTYPE)
+    index["offset"] = locate(content, images, start, shard)
+    index["length"] = [len(image) for image in images]
+    for name in ("label", "width", "height"):
+        index[name] = table[name].to_numpy()
+    index["id"] = sample_ids(table["key"].to_pylist())
+    has_splits = "split" in table.column_names
+    splits = table["split"].to_pylist() if has_splits else [None] * len(images)
+    index["split"] = [SPLITS.index(split or UNSPLIT) for split in splits]
+    return index
 
 
 def write_index(shard: Path, index: Index) -> None:
@@ -61,30 +82,30 @@ def write_index(shard: Path, index: Index) -> None:
     write_with(index_path(shard), save)
 
 
-def load_index(shard: Path, num_rows: int) -> Index:
-    """The index of a shard, mapped into memory; built again where there is none.
+def load_index(path: Path, num_rows: int, shard_bytes: int) -> Index:
+    """The index of a shard, mapped into memory.
 
     Raises:
-        DataError: the index does not belong to the shard.
+        DataError: the index does not belong to a shard of so many rows and bytes.
     """
-    path = index_path(shard)
-    if not path.is_file():
-        return build_index(shard)
     try:
         index: Index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as err:
         raise _wrong_index(path, str(err)) from err
     if index.dtype != INDEX_DTYPE or index.shape != (num_rows,):
         raise _wrong_index(path, f"{index.shape} of {index.dtype}, {num_rows} rows expected")
-    if num_rows and int((index["offset"] + index["length"]).max()) > shard.stat().st_size:
+    if num_rows and int((index["offset"] + index["length"]).max()) > shard_bytes:
         raise _wrong_index(path, "it points past the end of the shard")
     return index
 
 
-def _locate(content: mmap.mmap, images: list[memoryview], start: int, shard: Path) -> list[int]:
+def locate(content: Any, images: list[pa.Buffer], start: int, shard: Path) -> list[int]:
     """Offsets of images that lie in this order from `start` on, with a page header here and there.
 
     An earlier match of the same bytes would be as good as the right one.
+
+    Raises:
+        DataError: they do not lie there.
     """
     offsets = []
     for image in images:

@@ -10,17 +10,21 @@ FILE.parquet, DIR         Parquet files with images in them (`foreign`); local o
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from tlrunner.config import CACHE_DIR
 from tlrunner.data import sample
-from tlrunner.data.dataset import open_dataset
+from tlrunner.data.cache import NodeCache
+from tlrunner.data.dataset import Dataset, open_dataset
 from tlrunner.data.fetch import open_store
 from tlrunner.data.folders import holds_images, open_folder
 from tlrunner.data.foreign import open_tables
 from tlrunner.data.listing import LIST_EXTENSIONS, open_list
-from tlrunner.data.manifest import MANIFEST_NAME
+from tlrunner.data.manifest import MANIFEST_NAME, SPLITS, UNFINISHED_NAME
 from tlrunner.data.source import Source, unlabelled
 from tlrunner.data.tables import local_tables, s3_tables
 from tlrunner.errors import DataError
@@ -32,10 +36,9 @@ _KINDS = (
     "sample:flowers, an ImageFolder directory (DIR/CLASS/IMAGE), a directory or s3:// prefix of"
     " shards or Parquet files, a .csv or .jsonl list, a .parquet file"
 )
-_CACHE_DIR = "~/.cache/tlrunner"
 
 
-def open_source(uri: str, *, labelled: bool = True, cache_dir: str | Path = _CACHE_DIR) -> Source:
+def open_source(uri: str, *, labelled: bool = True, cache_dir: str | Path = CACHE_DIR) -> Source:
     """List the samples behind a URI, without reading their images.
 
     `labelled`: refuse images that have no class; without it they are taken, with label -1.
@@ -123,7 +126,9 @@ def _open_sample(uri: str, name: str) -> Source:
 
 def _open_directory(uri: str, root: Path, labelled: bool, cache_dir: str | Path) -> Source:
     if (root / MANIFEST_NAME).is_file():
-        return _open_shards(uri, root, labelled)
+        return _open_shards(root, labelled, cache_dir)
+    if (root / UNFINISHED_NAME).is_file():
+        raise _unfinished(uri)
     if not holds_images(root):
         tables = local_tables(root, root.rglob("*"))
         if tables:
@@ -135,7 +140,9 @@ def _open_s3(uri: str, labelled: bool, cache_dir: str | Path) -> Source:
     if uri.lower().endswith(LIST_EXTENSIONS):
         return open_list(uri, labelled=labelled)
     if _holds_shards(uri):
-        return _open_shards(uri, uri, labelled)
+        return _open_shards(uri, labelled, cache_dir)
+    if open_store(uri).size(UNFINISHED_NAME) is not None:
+        raise _unfinished(uri)
     tables = s3_tables(uri, cache_dir)
     if tables:
         return open_tables(uri, tables, labelled=labelled, spool_dir=cache_dir)
@@ -151,19 +158,45 @@ def _holds_shards(uri: str) -> bool:
     return open_store(uri).size(MANIFEST_NAME) is not None
 
 
-def _open_shards(uri: str, root: Path, labelled: bool) -> Source:
-    dataset = open_dataset(root)
-    if labelled and not dataset.class_names:
-        raise unlabelled(uri)
+def _open_shards(where: str | Path, labelled: bool, cache_dir: str | Path) -> Source:
+    """Shards as a source: what is known of their rows now, keys and images once they are read."""
+    kept = NodeCache(Path(cache_dir).expanduser().resolve() / "node")
+    known = open_dataset(where, kept, streamed=True)
+    if labelled and not known.class_names:
+        raise unlabelled(str(where))
+    opened = cache(lambda: open_dataset(where, kept))
+    says = ("", *SPLITS[1:])
     return Source(
-        uri=uri,
-        class_names=dataset.class_names,
-        keys=dataset.keys,
-        labels=dataset.labels_N.tolist(),
-        fingerprint=dataset.manifest.sha256,
-        num_bytes=sum(shard.num_bytes for shard in dataset.manifest.shards),
-        read=lambda i: bytes(dataset.image_bytes(i)),
+        uri=str(where),
+        class_names=known.class_names,
+        keys=_Keys(known),
+        labels=known.labels_N.tolist(),
+        fingerprint=known.manifest.sha256,
+        num_bytes=known.manifest.num_bytes,
+        read=lambda i: opened().image_bytes(i),
+        splits=[says[split] for split in known.splits_N] if known.splits_N.any() else (),
     )
+
+
+def _unfinished(uri: str) -> DataError:
+    return DataError(
+        f"{uri} holds shards that were not written to their end",
+        "shards with manifest.json",
+        "the command that began them continues them",
+    )
+
+
+class _Keys(Sequence[str]):
+    """A data set's keys, which are read with the first of them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._dataset.keys[i]
 
 
 def _similar_path(path: Path) -> str:

@@ -5,19 +5,18 @@ from the disk again, and compared; `_SUCCESS` lists those hashes and is written 
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from tlrunner.data.fetch import open_store
 from tlrunner.data.manifest import Manifest
-from tlrunner.errors import StorageError
-from tlrunner.files import sha256_text, write_json, write_text, write_with
+from tlrunner.data.write import BAD_NAME
+from tlrunner.files import read_json, sha256_text, write_json, write_text, write_with
 from tlrunner.report.page import render_page
 from tlrunner.report.rundir import SUCCESS, RunDir
 from tlrunner.report.summary import Status, leaderboard, leaderboard_csv, summarise
-from tlrunner.train.checkpoint import describe_file, verify_commit
+from tlrunner.train.checkpoint import COMMIT, describe_file, verify_commit
 from tlrunner.train.export import export_model
-from tlrunner.train.trial_dir import TrialDir
 
 
 def finish_run(
@@ -40,9 +39,11 @@ def finish_run(
         status = "interrupted"
     elif has_best:
         best = run.path / "best"
-        shutil.rmtree(best, ignore_errors=True)
-        export_model(records[0], TrialDir(run.trials / records[0].trial_id), images, best)
+        run.place.remove(best, first=COMMIT)
+        run.trial(records[0].trial_id).place.fetch()
+        export_model(records[0], run.trial(records[0].trial_id), images, best)
         verify_commit(best)
+        run.place.save_directory(best, last=COMMIT)
     rows = leaderboard(records)
     summary = summarise(run, records, status, wall_seconds)
     texts = {
@@ -52,12 +53,24 @@ def finish_run(
     }
     for name, text in texts.items():
         write_text(run.path / name, text)
-        if describe_file(run.path / name)["sha256"] != sha256_text(text):
-            raise StorageError(f"{run.path / name} does not read back as it was written")
+        run.place.save(run.path / name)
+        run.place.check(name, sha256_text(text))
     if status == "ok":
-        vouched = [*texts, "best/COMMIT.json", "run.json"]
-        write_json(run.path / SUCCESS, {name: describe_file(run.path / name) for name in vouched})
+        _succeed(run, [*texts, f"best/{COMMIT}", "run.json"])
     return summary
+
+
+def _succeed(run: RunDir, vouched: list[str]) -> None:
+    facts = {name: describe_file(run.path / name) for name in vouched}
+    if run.uri:
+        for name, fact in {**facts, **_committed(run.path / "best")}.items():
+            run.place.check(name, fact["sha256"])
+    write_json(run.path / SUCCESS, facts)
+    run.place.save(run.path / SUCCESS)
+
+
+def _committed(best: Path) -> dict[str, Any]:
+    return {f"best/{name}": fact for name, fact in read_json(best / COMMIT).items()}
 
 
 def exit_code(summary: dict[str, Any]) -> int:
@@ -65,8 +78,11 @@ def exit_code(summary: dict[str, Any]) -> int:
     return {"ok": 0, "partial": 2, "failed": 3, "interrupted": 75}[str(summary["status"])]
 
 
-def copy_bad_images(shards: Path, run: RunDir) -> None:
+def copy_bad_images(shards: str, run: RunDir) -> None:
     """The list of unusable images stands in the run's directory too, where people look."""
-    listing = shards / "bad_images.parquet"
-    if listing.exists():
-        write_with(run.path / listing.name, lambda copy: shutil.copyfile(listing, copy))
+    try:
+        listing = open_store(shards).read(BAD_NAME)
+    except FileNotFoundError:
+        return
+    write_with(run.path / BAD_NAME, lambda copy: copy.write_bytes(listing))
+    run.place.save(run.path / BAD_NAME)

@@ -8,9 +8,9 @@ import datetime
 import errno
 import fcntl
 import itertools
+import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,11 +19,13 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from tlrunner.config import CACHE_DIR
 from tlrunner.configfile import config_hash
 from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
-from tlrunner.files import cannot_write, read_json, write_json
+from tlrunner.files import cannot_write, write_json
 from tlrunner.jobconfig import OutputConfig
 from tlrunner.train.checkpoint import verify_commit
+from tlrunner.train.place import Place, place_at
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
 SUCCESS = "_SUCCESS"
@@ -34,12 +36,18 @@ PACKAGES = ("torch", "torchvision", "timm", "accelerate", "ray", "pyarrow", "num
 class RunDir:
     """`path` is absolute, `config_hash` that of the config which began the run.
 
-    `is_new`: named here, not by the user, so it is to be a directory of its own.
+    `is_new`: named here, not by the user, so it is to be a directory of its own. `uri`: the S3
+    prefix that the run is kept below, if it is; `path` is then a working copy.
     """
 
     path: Path
     config_hash: str
     is_new: bool = False
+    uri: str | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.path, self.uri)
 
     @property
     def trials(self) -> Path:
@@ -47,72 +55,72 @@ class RunDir:
 
     @property
     def is_finished(self) -> bool:
-        return (self.path / SUCCESS).exists()
+        return self.place.store.size(SUCCESS) is not None
+
+    def trial(self, trial_id: str) -> TrialDir:
+        return TrialDir(self.place.below("trials").below(trial_id))
 
     def records(self) -> list[TrialRecord]:
         """Every trial that began, best first: by val_acc, then by val_loss, then by id."""
-        directories = self.trials.glob("*/config.json") if self.trials.is_dir() else ()
-        records = [TrialDir(file.parent).read() for file in directories]
+        records = [TrialDir(file.parent).read() for file in self.trials.glob("*/config.json")]
         return sorted(records, key=_rank)
 
 
-def find_run(job: BaseModel, output: OutputConfig, job_name: str) -> RunDir:
+def find_run(
+    job: BaseModel, output: OutputConfig, job_name: str, cache_dir: str = CACHE_DIR
+) -> RunDir:
     """The directory of a new run, not made yet, or that of the run to continue.
+
+    Args:
+        cache_dir: holds the working copy of a run in S3.
 
     Raises:
         ConfigError: the name belongs to a run with another config, or to no run.
         StorageError: nothing can be written there.
     """
-    parent = _writable_parent(output)
-    name = output.name or _new_name(parent, job_name)
-    run = RunDir(parent / name, config_hash(job), is_new=output.name is None)
+    place = place_for(output, job_name, cache_dir)
+    run = RunDir(place.path, config_hash(job), is_new=output.name is None, uri=place.uri)
     _check_same(run)
     return run
 
 
-def local_directory(output: OutputConfig) -> Path:
-    """The directory that holds runs, absolute.
+def place_for(output: OutputConfig, job_name: str, cache_dir: str = CACHE_DIR) -> Place:
+    """Where a job writes: `uri`/`name`, or a new name where none is given; not made yet.
 
     Raises:
-        ConfigError: it is not a directory on a file system.
+        StorageError: nothing can be written there.
     """
-    path = output.uri.removeprefix("file://")
-    if "://" in path:
-        raise ConfigError(
-            f"output.uri is '{output.uri}'",
-            "a directory; on a cluster one that all nodes share",
-            "write there, then copy the run to its store",
-        )
-    return Path(path).expanduser().resolve()
+    parent = place_at(output.uri, cache_dir)
+    if not parent.uri:
+        _check_writable(parent.path)
+    name = output.name or _new_name(parent, job_name)
+    return place_at(f"{parent}/{name}", cache_dir)
 
 
-def new_directory(output: OutputConfig, job_name: str) -> Path:
-    """A directory for what a job makes, found to be absent or empty; not made yet.
+def check_empty(place: Place) -> None:
+    """Refuse a place that holds something.
 
     Raises:
-        ConfigError: it is not on a file system.
-        StorageError: it holds something already, or nothing can be written there.
+        StorageError: it does.
     """
-    parent = _writable_parent(output)
-    directory = parent / (output.name or _new_name(parent, job_name))
+    if place.path.is_file() or _contents(place):
+        raise StorageError(f"{place} holds something already", "", "choose another --name")
+
+
+def _contents(place: Place) -> list[str]:
+    """Names of what is directly in a place."""
+    if place.uri:
+        return sorted({entry.name.split("/")[0] for entry in place.store.list()})
+    return sorted(path.name for path in place.path.iterdir()) if place.path.is_dir() else []
+
+
+def _check_writable(directory: Path) -> None:
     try:
-        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise cannot_write(directory, err) from err
-    if taken:
-        raise StorageError(f"{directory} holds something already", "", "choose another --name")
-    return directory
-
-
-def _writable_parent(output: OutputConfig) -> Path:
-    parent = local_directory(output)
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise cannot_write(parent, err) from err
-    if not os.access(parent, os.W_OK):
-        raise cannot_write(parent, PermissionError(errno.EACCES, "Permission denied"))
-    return parent
+    if not os.access(directory, os.W_OK):
+        raise cannot_write(directory, PermissionError(errno.EACCES, "Permission denied"))
 
 
 @contextmanager
@@ -132,6 +140,7 @@ def begun_run(run: RunDir, job: BaseModel, images_sha256: str) -> Iterator[tuple
     if run.is_new:
         run = _made_new(run)
     with _held(run):
+        run.place.fetch()
         _check_same(run, images_sha256)
         content = {
             "run": run.path.name,
@@ -141,25 +150,30 @@ def begun_run(run: RunDir, job: BaseModel, images_sha256: str) -> Iterator[tuple
             "data": {"manifest_sha256": images_sha256},
         }
         write_json(run.path / "run.json", content)
+        run.place.save(run.path / "run.json")
         yield run, _clear_unsettled(run)
 
 
 def _check_same(run: RunDir, images_sha256: str | None = None) -> None:
     """Refuse to continue another run, or to write into a directory that is no run."""
-    begun = run.path / "run.json"
-    if not begun.exists():
-        foreign = [p.name for p in _entries(run.path) if not p.name.startswith(".")]
+    store = run.place.store
+    try:
+        other = json.loads(store.read("run.json"))
+    except FileNotFoundError:
+        foreign = [name for name in _contents(run.place) if not name.startswith(".")]
         if foreign:
             raise ConfigError(
-                f"{run.path} holds {foreign[0]} and no run.json, so it is no run to continue",
+                f"{run.place} holds {foreign[0]} and no run.json, so it is no run to continue",
                 "a run, an empty directory, or a new name",
                 "choose another --name",
-            )
+            ) from None
         return
-    other = read_json(begun)
+    except ValueError as err:
+        raise StorageError(f"{run.place}/run.json cannot be read: {err}") from err
     if other.get("config_hash") != run.config_hash:
+        parent = str(run.place).rpartition("/")[0]
         raise ConfigError(
-            f"run '{run.path.name}' in {run.path.parent} was begun with another config "
+            f"run '{run.path.name}' in {parent} was begun with another config "
             f"(hash {other.get('config_hash')}, now {run.config_hash})",
             "the config it was begun with",
             "choose another --name, or remove that directory",
@@ -178,12 +192,14 @@ def _made_new(run: RunDir) -> RunDir:
     for attempt in itertools.count(int(number)):
         path = run.path.with_name(f"{prefix}-{attempt}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
         except FileExistsError:
             continue
         except OSError as err:
             raise cannot_write(path, err) from err
-        return replace(run, path=path)
+        uri = f"{run.uri.rpartition('/')[0]}/{path.name}" if run.uri else None
+        return replace(run, path=path, uri=uri)
     raise AssertionError("numbers do not end")
 
 
@@ -214,9 +230,9 @@ def _held(run: RunDir) -> Iterator[None]:
 
 def _clear_unsettled(run: RunDir) -> int:
     settled = {record.trial_id for record in run.records() if _is_kept(run, record)}
-    for directory in _entries(run.trials):
+    for directory in sorted(run.trials.iterdir()) if run.trials.is_dir() else ():
         if directory.name not in settled:
-            shutil.rmtree(directory)
+            run.place.remove(directory)
     return len(settled)
 
 
@@ -224,14 +240,10 @@ def _is_kept(run: RunDir, record: TrialRecord) -> bool:
     """A trial that ended, and whose best checkpoint is whole."""
     if record.is_settled and record.best:
         try:
-            verify_commit(TrialDir(run.trials / record.trial_id).best_checkpoint(record.best))
+            verify_commit(run.trial(record.trial_id).best_checkpoint(record.best))
         except StorageError:
             return False
     return record.is_settled
-
-
-def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
 def installed_versions() -> dict[str, str]:
@@ -239,12 +251,13 @@ def installed_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions}
 
 
-def _new_name(parent: Path, job_name: str) -> str:
+def _new_name(parent: Place, job_name: str) -> str:
     prefix = f"{job_name}-{datetime.date.today().isoformat()}"
-    number = 1
-    while (parent / f"{prefix}-{number}").exists():
-        number += 1
-    return f"{prefix}-{number}"
+    for number in itertools.count(1):
+        place = parent.below(f"{prefix}-{number}")
+        if not (_contents(place) or place.path.exists()):
+            return place.path.name
+    raise AssertionError("numbers do not end")
 
 
 def _rank(record: TrialRecord) -> tuple[float, float, str]:

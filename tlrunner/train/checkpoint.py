@@ -6,7 +6,6 @@ size and SHA-256 of each file, so a reader can tell a whole checkpoint from a to
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,13 +51,10 @@ def read_checkpoint(
     return load_file(directory / TENSORS, device=device), read_json(directory / STATE)
 
 
-def keep_only(kept: Path) -> None:
-    """Remove the other checkpoints beside `kept`, which must be committed first."""
-    assert (kept / COMMIT).exists(), "the checkpoint to keep is not committed"
-    for directory in _directories(kept.parent):
-        if directory != kept:
-            (directory / COMMIT).unlink(missing_ok=True)  # first, so that it never looks whole
-            shutil.rmtree(directory, ignore_errors=True)
+def others(checkpoint: Path) -> list[Path]:
+    """The checkpoints beside this one, which must be committed first."""
+    assert (checkpoint / COMMIT).exists(), "the checkpoint to keep is not committed"
+    return [directory for directory in _directories(checkpoint.parent) if directory != checkpoint]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

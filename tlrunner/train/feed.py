@@ -1,37 +1,122 @@
 """Which batches a trial sees: its images, split once, in the order of each epoch."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import numpy as np
 
 from tlrunner.config import DataConfig, Preprocess, TrialConfig
-from tlrunner.data.augment import EvalTransform, TrainTransform
-from tlrunner.data.dataset import Dataset, open_dataset
+from tlrunner.data.augment import EvalTransform, TrainTransform, short_side
+from tlrunner.data.cache import NodeCache
+from tlrunner.data.dataset import Dataset, load_manifest, open_dataset
+from tlrunner.data.decoded import DecodedCache, decoded_bytes
+from tlrunner.data.fetch import open_store
 from tlrunner.data.loader import Batch, eval_batches, num_batches, train_batches
 from tlrunner.data.order import Splits, split_rows
 from tlrunner.data.prepare import prepare
+from tlrunner.data.store import LocalStore
 from tlrunner.data.world import World
 
 
-def open_data(data: DataConfig, shards: Path | None = None) -> tuple[Dataset, Splits]:
+def open_data(data: DataConfig, shards: str | None = None) -> tuple[Dataset, Splits]:
     """The images of a config and their split; written as shards first where they are not yet."""
-    if shards is None or not shards.is_dir():
+    if shards is None or not _is_seen(shards):
         shards = prepare(data.uri, data.cache_dir, max_bad_fraction=data.max_bad_fraction)
-    dataset = open_dataset(shards)
-    splits = split_rows(
+    data = settle_streaming(data, shards)
+    dataset = open_dataset(shards, node_cache(data), streamed=data.streaming == "on")
+    return dataset, split_data(data, dataset)
+
+
+def _is_seen(shards: str) -> bool:
+    """Whether this node sees shards that another prepared; it makes its own where it does not."""
+    store = open_store(shards)
+    return not isinstance(store, LocalStore) or store.root.is_dir()
+
+
+def split_data(data: DataConfig, dataset: Dataset) -> Splits:
+    """Which rows train, validate and test.
+
+    Raises:
+        DataError, ConfigError: see `split_rows`.
+    """
+    return split_rows(
         dataset.ids_N,
         dataset.labels_N,
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
         limit=data.limit,
         class_names=dataset.class_names,
+        given_N=dataset.splits_N,
     )
-    return dataset, splits
+
+
+class _Kept(Protocol):
+    """Config keys that say where a node keeps what it fetched."""
+
+    @property
+    def cache_dir(self) -> str: ...
+    @property
+    def cache_bytes(self) -> int | None: ...
+
+
+def node_cache(data: _Kept) -> NodeCache:
+    return NodeCache(Path(data.cache_dir).expanduser().resolve() / "node", data.cache_bytes)
+
+
+def settle_streaming(data: DataConfig, shards: str) -> DataConfig:
+    """Decide what `streaming: auto` leaves open: shards in S3 that this node cannot keep."""
+    if data.streaming != "auto":
+        return data
+    store = open_store(shards)
+    is_near = isinstance(store, LocalStore)
+    fits = is_near or load_manifest(store).num_bytes <= node_cache(data).limit
+    return data.model_copy(update={"streaming": "off" if fits else "on"})
+
+
+def settle_decoded_cache(
+    data: DataConfig, dataset: Dataset, preprocesses: Iterable[Preprocess]
+) -> DataConfig:
+    """Decide what `decoded_cache: auto` leaves open, for all preprocessings of a search at once."""
+    if data.decoded_cache != "auto":
+        return data
+    sizes_N2, wanted = dataset.sizes_N2, 0
+    for short in {short_side(p): p for p in preprocesses}.values():
+        is_larger = np.median(sizes_N2.min(axis=1, initial=65536)) > short_side(short)
+        wanted += decoded_bytes(sizes_N2, short) if is_larger else 0
+    room = min(node_cache(data).limit, memory_bytes() // 2)
+    is_on = data.streaming != "on" and 0 < wanted <= room
+    return data.model_copy(update={"decoded_cache": "on" if is_on else "off"})
+
+
+def memory_bytes() -> int:
+    """What this process may use: of the machine, or of its container."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    granted = Path("/sys/fs/cgroup/memory.max")
+    text = granted.read_text().strip() if granted.is_file() else "max"
+    return min(total, int(text)) if text.isdecimal() else total
+
+
+def use_decoded_cache(data: DataConfig, dataset: Dataset, preprocess: Preprocess) -> None:
+    """Have the rows' pixels come from the node's cache, if the config says so."""
+    if settle_decoded_cache(data, dataset, [preprocess]).decoded_cache == "on":
+        dataset.decoded = DecodedCache(
+            node_cache(data),
+            dataset.manifest.sha256,
+            dataset.sizes_N2,
+            preprocess,
+            dataset.image_bytes,
+        )
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Training batches by epoch, and validation batches, for one worker."""
+    """Training batches by epoch, and validation batches, for one worker.
+
+    Their iterators raise DataError where a shard changed while it was read.
+    """
 
     config: TrialConfig
     dataset: Dataset
@@ -52,7 +137,7 @@ class Feed:
     def train(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch counted from 0."""
         seed = self.config.train.seed
-        return train_batches(
+        batches = train_batches(
             self.dataset,
             self.splits.train,
             TrainTransform(self.config.augment, self.preprocess, seed),
@@ -63,9 +148,10 @@ class Feed:
             num_threads=self.num_threads,
             pin_memory=self.pin_memory,
         )
+        return self._unchanged(batches)
 
     def val(self) -> Iterator[Batch]:
-        return eval_batches(
+        batches = eval_batches(
             self.dataset,
             self.splits.val,
             EvalTransform(self.preprocess),
@@ -74,3 +160,9 @@ class Feed:
             num_threads=self.num_threads,
             pin_memory=self.pin_memory,
         )
+        return self._unchanged(batches)
+
+    def _unchanged(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """No figure is told of an epoch whose shards were not the same to its end."""
+        yield from batches
+        self.dataset.check_unchanged()

@@ -21,9 +21,10 @@ from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import check, levels, phase_starts
-from tlrunner.train.checkpoint import keep_only, write_checkpoint
-from tlrunner.train.feed import Feed, open_data
+from tlrunner.train.checkpoint import write_checkpoint
+from tlrunner.train.feed import Feed, open_data, use_decoded_cache
 from tlrunner.train.loop import DivergedError, Loop
+from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 from tlrunner.uris import is_weights_file
 
@@ -41,15 +42,15 @@ def run_trial(
     config: TrialConfig,
     report: Callable[[EpochReport], object] = print,
     *,
-    trial_dir: Path | None = None,
-    shards: Path | None = None,
+    trial_dir: Place | Path | None = None,
+    shards: str | None = None,
 ) -> TrialResult:
     """Fine-tune one configuration.
 
     Args:
         report: called after each epoch, once what it says is on the disk.
         trial_dir: where metrics and checkpoints go. None: nothing is kept.
-        shards: the directory of shards, where the caller prepared it already.
+        shards: where the images are as shards, if the caller prepared them already.
 
     Raises:
         ConfigError, DataError, ResourceError, StorageError: see each layer.
@@ -65,6 +66,7 @@ def run_trial(
     classifier, preprocess = load_classifier(config, len(dataset.class_names))
     world = World(accelerator.process_index, accelerator.num_processes)
     on_gpu = accelerator.device.type == "cuda"
+    use_decoded_cache(config.data, dataset, preprocess)
     feed = Feed(config, dataset, splits, preprocess, world, pin_memory=on_gpu)
 
     # -- Freezing --------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def run_trial(
         if record:
             record.append(finished)
             if finished is best:  # recorded as such, so the one it replaces can go
-                keep_only(record.best_checkpoint(best))
+                record.keep_only(record.best_checkpoint(best))
         report(finished)
     return TrialResult("completed", best)
 
@@ -189,4 +191,5 @@ def _keep(record: TrialDir | None, loop: Loop, report: EpochReport, step: int) -
         return report
     state = {"epoch": report.epoch, "val_acc": report.val_acc, "val_loss": report.val_loss}
     directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state)
+    record.keep(directory)
     return replace(report, checkpoint=directory.name)

@@ -16,6 +16,8 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.files import cannot_write, read_json, write_json, write_text
+from tlrunner.train.checkpoint import COMMIT, others
+from tlrunner.train.place import CHECKPOINTS, Place
 
 State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
 
@@ -59,12 +61,27 @@ class TrialRecord:
 class TrialDir:
     """The directory of one trial, for its one writer and for readers."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
+    def __init__(self, place: Place | Path) -> None:
+        self.place = place if isinstance(place, Place) else Place(place)
+        self.path = self.place.path
+        self.checkpoints = self.path / CHECKPOINTS
+
+    @property
+    def has_begun(self) -> bool:
+        return (self.path / "config.json").exists()
 
     def begin(self, config: TrialConfig) -> None:
         write_json(self.path / "config.json", config.model_dump(mode="json"))
+        self.place.save(self.path / "config.json")
+
+    def keep(self, checkpoint: Path) -> None:
+        """Save a checkpoint that is committed."""
+        self.place.save_directory(checkpoint, last=COMMIT)
+
+    def keep_only(self, checkpoint: Path) -> None:
+        """Remove the other checkpoints, once a line of the metrics speaks of this one."""
+        for other in others(checkpoint):
+            self.place.remove(other, first=COMMIT)
 
     def append(self, report: EpochReport) -> None:
         """One more line of metrics, on the disk when this returns."""
@@ -76,15 +93,18 @@ class TrialDir:
                 os.fsync(file.fileno())
         except OSError as err:
             raise cannot_write(path, err) from err
+        self.place.save(path)
 
     def end(self, state: State, detail: str = "") -> None:
         write_json(self.path / "end.json", {"state": state, "detail": detail})
+        self.place.save(self.path / "end.json")
 
     def fail(self, error: BaseException) -> None:
         """Leave one line for the leaderboard, and the traceback for whoever mends it."""
         named = "" if isinstance(error, TlrunnerError) else f"{type(error).__name__}: "
         try:
             write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
+            self.place.save(self.path / "error.txt")
             self.end("failed", " ".join(f"{named}{error}".split())[:500])
         except StorageError as err:
             raise error from err  # the disk that fails is often what failed the trial

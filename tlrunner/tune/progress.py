@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from tlrunner.errors import TlrunnerError
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import State, TrialDir
 from tlrunner.tune.space import PlannedTrial
 from tlrunner.tune.trainable import planned_trial
@@ -47,9 +47,9 @@ class Row:
 class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     """Follows the trials of a search and records in its directory how each of them ended."""
 
-    def __init__(self, job: JobConfig, trials_dir: Path, num_trials: int, console: Console) -> None:
+    def __init__(self, job: JobConfig, trials: Place, num_trials: int, console: Console) -> None:
         self.job = job
-        self.trials_dir = trials_dir
+        self.trials = trials
         self.num_trials = num_trials
         self.console = console
         self.rows: dict[str, Row] = {}
@@ -84,7 +84,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
-        directory = TrialDir(self.trials_dir / row.planned.trial_id)
+        directory = self._directory(row)
         row.state = directory.read().state
         if row.state == "interrupted":  # by the scheduler, so it is at its end
             row.state = "stopped"
@@ -94,10 +94,16 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
         row.state = "failed"
-        directory = TrialDir(self.trials_dir / row.planned.trial_id)
+        directory = self._directory(row)
         if not (directory.path / "end.json").exists():
             self._record_death(directory, row.planned)
         self._say(row)
+
+    def _directory(self, row: Row) -> TrialDir:
+        """A trial's directory as its worker, perhaps on another node, left it."""
+        directory = TrialDir(self.trials.below(row.planned.trial_id))
+        directory.place.fetch(without=CHECKPOINTS)
+        return directory
 
     def _row(self, trial: Any) -> Row:
         """A trial whose worker cannot even start ends without having started."""

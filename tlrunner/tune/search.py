@@ -25,6 +25,7 @@ from rich.console import Console
 from tlrunner.config import ResourceConfig
 from tlrunner.errors import ResourceError, StorageError
 from tlrunner.jobconfig import JobConfig, SearchConfig
+from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir
 from tlrunner.tune.plan import Machine, grant, most_epochs
 from tlrunner.tune.progress import Progress
@@ -84,8 +85,11 @@ def granted_resources(resources: ResourceConfig) -> ResourceConfig:
     )
 
 
-def check_shared(run_dir: Path) -> None:
-    """Check that every node sees the run's directory, to which its trials would write.
+def check_shared(directory: Path, holds: str, remedy: str) -> None:
+    """Check that every node sees a directory that its trials use.
+
+    Args:
+        holds: a file in it.
 
     Raises:
         StorageError: a node does not.
@@ -97,7 +101,7 @@ def check_shared(run_dir: Path) -> None:
     seen = [
         sees.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(run_dir / "run.json"))
+        ).remote(str(directory / holds))
         for node in nodes
     ]
     blind = [
@@ -105,16 +109,16 @@ def check_shared(run_dir: Path) -> None:
     ]
     if blind:
         raise StorageError(
-            f"{run_dir} is not seen from {len(blind)} of {len(nodes)} nodes, e.g. {blind[0]}",
-            "a directory that all nodes share",
-            "choose it with --out",
+            f"{directory} is not seen from {len(blind)} of {len(nodes)} nodes, e.g. {blind[0]}",
+            "a directory that all nodes share, or s3://",
+            remedy,
         )
 
 
 def run_search(
-    job: JobConfig, num_trials: int, num_settled: int, run_dir: Path, shards: Path, console: Console
+    job: JobConfig, num_trials: int, num_settled: int, run: Place, shards: str, console: Console
 ) -> None:
-    """Run every trial of a search to its end; results are in `run_dir`/trials/.
+    """Run every trial of a search to its end; results are in `run`, in trials/.
 
     The trials were checked, the images prepared and Ray connected by the caller.
 
@@ -122,15 +126,15 @@ def run_search(
         num_settled: trials that ended before this run was continued. TPE asks for the others only,
             and starts its model anew.
     """
-    trials_dir = run_dir / "trials"
+    trials = run.below("trials")
     resources = {"cpu": job.resources.cpus_per_worker, "gpu": job.resources.gpus_per_worker}
-    ray_dir = run_dir / ".ray"
+    ray_dir = run.path / ".ray"
     num_asked = num_trials - num_settled if job.search.algorithm == "tpe" else 1
     if num_asked <= 0:
         return
-    with Progress(job, trials_dir, num_trials, console) as progress:
+    with Progress(job, trials, num_trials, console) as progress:
         tuner = tune.Tuner(
-            tune.with_resources(build_trainable(job, trials_dir, shards), resources),
+            tune.with_resources(build_trainable(job, trials, shards), resources),
             param_space=_param_space(job),
             tune_config=tune.TuneConfig(
                 metric="val_acc",
@@ -154,13 +158,14 @@ def run_search(
             tuner.fit()
         finally:
             shutil.rmtree(ray_dir, ignore_errors=True)  # Ray's pickles, which nothing reads again
-    _end_stopped(trials_dir)
+    _end_stopped(trials)
 
 
-def _end_stopped(trials_dir: Path) -> None:
+def _end_stopped(trials: Place) -> None:
     """Trials that a time budget ended: Ray tells its callbacks nothing of these."""
-    for begun in trials_dir.glob("*/config.json"):
-        directory = TrialDir(begun.parent)
+    trials.fetch(without=CHECKPOINTS)
+    for begun in trials.path.glob("*/config.json"):
+        directory = TrialDir(trials.below(begun.parent.name))
         if directory.read().state == "interrupted":
             directory.end("stopped")
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.place import Place
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 from tlrunner.tune.space import PlannedTrial, trial_at
@@ -18,26 +18,25 @@ def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
     return trial_at(job, values["trial"]["index"], values["trial"]["point"])
 
 
-def build_trainable(
-    job: JobConfig, trials_dir: Path, shards: Path
-) -> Callable[[dict[str, Any]], None]:
+def build_trainable(job: JobConfig, trials: Place, shards: str) -> Callable[[dict[str, Any]], None]:
     """The function Ray Tune calls with the values of one trial."""
 
     def trainable(values: dict[str, Any]) -> None:
         planned = planned_trial(job, values)
-        directory = trials_dir / planned.trial_id
+        directory = TrialDir(trials.below(planned.trial_id))
 
         def report(finished: EpochReport) -> None:
             tune.report(asdict(finished))
 
-        if directory.exists():  # a continued run: what ended is told again, not computed again
-            for finished in TrialDir(directory).read().epochs:
+        directory.place.fetch()
+        if directory.has_begun:  # a continued run: what ended is told again, not computed again
+            for finished in directory.read().epochs:
                 report(finished)
             return
         try:
-            run_trial(planned.config, report, trial_dir=directory, shards=shards)
+            run_trial(planned.config, report, trial_dir=directory.place, shards=shards)
         except Exception as err:  # the border: whatever it is, the trial's directory says so
-            TrialDir(directory).fail(err)
+            directory.fail(err)
             raise
 
     return trainable

@@ -1,0 +1,163 @@
+"""What a node keeps on its disk for all trials: fetched shards and decoded images, within a limit.
+
+A file is named by what it must hold, so it is never replaced, only made or evicted. One process
+makes it, under a lock that the system gives back however the process ends, while others that want
+it wait; it gets its name once it is whole. Who uses a file holds a shared lock on it, and so only
+those that nobody uses are evicted, the least recently used first.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlrunner.errors import StorageError
+from tlrunner.files import cannot_write, locked
+
+MOST_BYTES = 200 * 10**9
+_NEW = ".new"
+
+
+@dataclass(frozen=True)
+class NodeCache:
+    """Files in `directory`, together at most `limit_bytes`.
+
+    `limit_bytes`: None is a third of what is free, and of what the cache has already; at most
+    200 GB.
+    """
+
+    directory: Path
+    limit_bytes: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """The limit in bytes as things are now."""
+        if self.limit_bytes is not None:
+            return self.limit_bytes
+        self._exists()
+        free = shutil.disk_usage(self.directory).free
+        return min((free + self._used()) // 3, MOST_BYTES)
+
+    def hold(self, name: str, num_bytes: int, make: Callable[[Path], None]) -> int:
+        """A descriptor of the file `name`, made first if it is not there.
+
+        The file is not evicted as long as the descriptor is open; closing it is the caller's.
+
+        Args:
+            num_bytes: size of the file, which room is made for.
+            make: writes the file at a path, where it is empty.
+
+        Raises:
+            StorageError: no room within the limit, or on the disk.
+        """
+        path = self.directory / name
+        held = _held(path)
+        if held is not None:
+            return held
+        self._exists()
+        with locked(self.directory / f"{name}.lock"):
+            held = _held(path)  # another process may just have made it
+            if held is None:
+                self._make(path, num_bytes, make)
+                held = _held(path)
+        assert held is not None, f"{path} was evicted under its lock"
+        return held
+
+    def _make(self, path: Path, num_bytes: int, make: Callable[[Path], None]) -> None:
+        new = path.with_name(path.name + _NEW)
+        try:
+            with self._reserved(new, num_bytes):
+                make(new)
+                new.replace(path)
+        except OSError as err:
+            raise cannot_write(path, err) from err
+
+    @contextmanager
+    def _reserved(self, new: Path, num_bytes: int) -> Iterator[None]:
+        """`new` takes its room at once, so that no two makers are promised the same."""
+        try:
+            with locked(self.directory / "evict.lock"):
+                new.unlink(missing_ok=True)
+                self._evict(self.limit - num_bytes, new.name)
+                with new.open("wb") as file:
+                    if num_bytes:
+                        os.posix_fallocate(file.fileno(), 0, num_bytes)
+            yield
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _evict(self, allowed: int, wanted: str) -> None:
+        """Remove files until at most `allowed` bytes are used."""
+        used = self._used()
+        for path in sorted(self._files(), key=_worth):
+            if used <= allowed:
+                return
+            size = path.stat().st_size
+            if _removed(path):
+                used -= size
+        if used > allowed:
+            raise StorageError(
+                f"the cache {self.directory} has no room for {wanted.removesuffix(_NEW)}: "
+                f"{used:,} bytes of its limit are in use, at most {max(0, allowed):,} may be",
+                "",
+                "raise data.cache_bytes, or set data.streaming=on",
+            )
+
+    def _files(self) -> list[Path]:
+        found = self.directory.iterdir() if self.directory.is_dir() else ()
+        return [path for path in found if path.suffix != ".lock"]
+
+    def _used(self) -> int:
+        total = 0
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
+
+    def _exists(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise cannot_write(self.directory, err) from err
+
+
+def _held(path: Path) -> int | None:
+    """A descriptor with a shared lock on a file; None where there is none."""
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink:
+            os.utime(descriptor)  # used just now
+            return descriptor
+        os.close(descriptor)  # evicted between the two
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file that nobody uses or makes; whether it was one."""
+    lock = path if path.suffix != _NEW else path.with_suffix(".lock")
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _worth(path: Path) -> tuple[bool, int]:
+    """Leftovers of killed makers go first, then what was used longest ago."""
+    try:
+        return path.suffix != _NEW, path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False, 0

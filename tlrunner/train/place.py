@@ -1,0 +1,122 @@
+"""A directory of results, and the S3 prefix that has them too, if they are kept there.
+
+Results are always written to a local directory first. With a `uri`, that directory is a working
+copy: what is saved is put below the URI, and only then spoken of; where the two differ, the URI is
+right.
+"""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlrunner.data.fetch import download, open_store, ranges
+from tlrunner.data.store import LocalStore, Store
+from tlrunner.data.threads import map_ahead
+from tlrunner.errors import StorageError
+from tlrunner.files import cannot_write, sha256_text
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Place:
+    """`path`: a local directory. `uri`: s3://BUCKET/PREFIX that its files are kept below, or None.
+
+    Every method raises StorageError where the disk or the store fails.
+    """
+
+    path: Path
+    uri: str | None = None
+
+    @property
+    def store(self) -> Store:
+        """Where a reader finds the files."""
+        return open_store(self.uri) if self.uri else LocalStore(self.path)
+
+    def __str__(self) -> str:
+        return self.uri or str(self.path)
+
+    def below(self, name: str) -> "Place":
+        return Place(self.path / name, f"{self.uri}/{name}" if self.uri else None)
+
+    def save(self, *files: Path) -> None:
+        """Put files of the directory where they are kept, in this order."""
+        if self.uri:
+            for file in files:
+                self.store.put(file.relative_to(self.path).as_posix(), file)
+
+    def save_directory(self, directory: Path, last: str) -> None:
+        """Put every file of a directory, the one called `last` after all others."""
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+        self.save(*(f for f in files if f.name != last), directory / last)
+
+    def remove(self, directory: Path, first: str = "") -> None:
+        """Remove a directory, the file called `first` before all others."""
+        if first:
+            (directory / first).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        if self.uri:
+            below = directory.relative_to(self.path).as_posix() + "/"
+            names = [e.name for e in self.store.list() if e.name.startswith(below)]
+            for name in sorted(names, key=lambda name: (Path(name).name != first, name)):
+                self.store.delete(name)
+
+    def fetch(self, *, without: str = "") -> None:
+        """Make the working copy hold just what is kept below the URI.
+
+        `without`: leave alone what lies in directories of this name, at any depth.
+        """
+        if not self.uri:
+            return
+        path = self.path
+        sizes = {entry.name: entry.num_bytes for entry in self.store.list()}
+        wanted = [name for name in sizes if without not in name.split("/")[:-1]]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for file in [file for file in path.rglob("*") if file.is_file()]:
+                name = file.relative_to(path).as_posix()
+                if name not in sizes and without not in name.split("/"):
+                    file.unlink()
+            for _ in map_ahead(lambda name: self._fetch_file(name, sizes[name]), wanted, 4, 8):
+                pass
+        except OSError as err:
+            raise cannot_write(path, err) from err
+
+    def check(self, name: str, sha256: str) -> None:
+        """Read a file back from where it is kept.
+
+        Raises:
+            StorageError: it is not there, or its SHA-256 is another.
+        """
+        store = self.store
+        digest = hashlib.sha256()
+        for part in ranges(store.size(name) or 0):
+            digest.update(store.read(name, part))
+        if digest.hexdigest() != sha256:
+            raise StorageError(f"{self}/{name} does not read back as it was written")
+
+    def _fetch_file(self, name: str, num_bytes: int) -> None:
+        target = self.path / name
+        is_attempt = CHECKPOINTS in name.split("/")  # whose names are never used again
+        if is_attempt and target.is_file() and target.stat().st_size == num_bytes:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        download(self.store, name, target, ranges(num_bytes))
+        if not num_bytes:
+            target.touch()
+
+
+def working_copy(uri: str, cache_dir: str | Path) -> Path:
+    """The local directory that stands for an S3 prefix on this node."""
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    return Path(cache_dir).expanduser().resolve() / "runs" / sha256_text(parent)[:16] / name
+
+
+def place_at(uri: str, cache_dir: str | Path) -> Place:
+    """The place that a path, file:// or s3:// URI names."""
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        return Place(store.root)
+    return Place(working_copy(store.uri, cache_dir), store.uri)
