@@ -17,12 +17,11 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from tlrunner.data.formats import FORMATS, PNG_SIGNATURE, bare, check_whole
+
 Pixels = NDArray[np.uint8]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
-# Listed wherever Pillow opens something: left to guess, it hands EPS bytes to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
-_JPEG_SIGNATURE, _PNG_SIGNATURE = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+_JPEG_SIGNATURE = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # with Huffman codes
 MIN_SIDE, MAX_ASPECT = 8, 50
@@ -57,9 +56,13 @@ def normalise(data: bytes, max_pixels: int = 50_000_000) -> StoredImage:
     if not data:
         raise BadImage("empty")
     try:
+        check_whole(data)
         # Pillow raises whatever its parsers meet: SyntaxError, struct.error, zlib.error and more
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, max_pixels)
+            if image.format not in ("JPEG", "MPO"):
+                image.load()  # asked for the EXIF of a PNG, Pillow loads it and forgets the error
+            data = bare(data)
             upright = _orientation(image) == 1
             if upright and _is_plain_jpeg(image, data):
                 return _verified_jpeg(data)
@@ -146,7 +149,7 @@ class Encoded:
         if self._is_jpeg:
             *size_hw, self._height_at = _jpeg_header(data)
             self.size_hw: tuple[int, int] = (size_hw[0], size_hw[1])
-        elif data[:8] == _PNG_SIGNATURE and len(data) >= 24:
+        elif data[:8] == PNG_SIGNATURE and len(data) >= 24:
             height, width = data[20:24], data[16:20]
             self.size_hw = int.from_bytes(height, "big"), int.from_bytes(width, "big")
         else:

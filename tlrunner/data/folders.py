@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from tlrunner.data.decode import EXTENSIONS
+from tlrunner.data.formats import EXTENSIONS
 from tlrunner.data.places import file_facts, read_file
 from tlrunner.data.source import Source, one_class, split_of, unlabelled
 from tlrunner.errors import DataError
