@@ -6,12 +6,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlrunner.config import AugmentConfig, Preprocess
+from tlrunner.data import loader
 from tlrunner.data.augment import EvalTransform, TrainTransform
+from tlrunner.data.buffers import Buffers
 from tlrunner.data.dataset import Dataset, open_dataset
 from tlrunner.data.decode import Encoded
-from tlrunner.data.loader import Batch, eval_batches, num_batches, train_batches
+from tlrunner.data.loader import (
+    _BYTES_AHEAD,
+    _CHUNK,
+    Batch,
+    _chunks_ahead,
+    _Share,
+    eval_batches,
+    num_batches,
+    train_batches,
+)
 from tlrunner.data.order import split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
@@ -179,6 +192,55 @@ def test_evaluation_announces_no_padding(small_dataset: Dataset, preprocess: Pre
 
 def test_no_rows_make_no_batches(small_dataset: Dataset, preprocess: Preprocess) -> None:
     assert loaded(small_dataset, preprocess, rows=np.empty(0, np.int64)) == []
+
+
+@given(st.integers(1, 600), st.integers(16, 1024), st.integers(1, 200))
+def test_what_is_made_ahead_is_bounded_in_bytes(batch: int, size: int, threads: int) -> None:
+    share = _Share(np.arange(batch), 0, batch)
+    chunks = _chunks_ahead([share], size, threads)
+    chunk_bytes = _CHUNK * size * size * 3
+    assert chunks == 1 or chunks * chunk_bytes <= _BYTES_AHEAD
+    in_three_batches = 3 * -(-batch // _CHUNK)
+    assert chunks in (max(in_three_batches, threads + 1), max(1, _BYTES_AHEAD // chunk_bytes))
+
+
+def test_images_are_read_no_further_ahead_than_the_bytes_allow(
+    small_dataset: Dataset, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_BYTES_AHEAD", 2 * _CHUNK * 32 * 32 * 3)
+    dataset, read = copy(small_dataset), []
+    dataset.image_bytes = lambda row: read.append(row) or small_dataset.image_bytes(row)
+    transform = TrainTransform(MIXED, preprocess, 0)
+    settings: dict[str, Any] = {"seed": 0, "epoch": 0, "world": World(), "num_threads": 8}
+    batches = train_batches(dataset, np.arange(45), transform, batch_size=4, **settings)
+    next(batches)
+    batches.close()
+    assert 3 <= len(read) <= 8
+
+
+@given(st.lists(st.integers(0, 5), max_size=60))
+def test_memory_is_used_again_but_never_under_a_tensor_that_is_held(drops: list[int]) -> None:
+    buffers, held = Buffers(), []
+    for number, drop in enumerate(drops):
+        whole = torch.from_numpy(buffers.take((2, 3)))
+        whole[:] = number % 256
+        held.append((number % 256, whole.view(3, 2)[1:]))  # a view is enough
+        del whole
+        if drop < len(held):
+            del held[drop]
+    assert all((view == number).all() for number, view in held)
+    assert len(buffers._buffers) <= 1 + 6 + len(held)
+
+
+def test_memory_of_dropped_batches_is_used_again() -> None:
+    buffers = Buffers()
+    first = torch.from_numpy(buffers.take((2, 3)))
+    place = first.data_ptr()
+    other = buffers.take((2, 3))
+    assert other.ctypes.data != place
+    assert buffers.take((3, 2)).shape == (3, 2)
+    del first
+    assert buffers.take((2, 3)).ctypes.data == place
 
 
 def data_threads() -> int:

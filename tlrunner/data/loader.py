@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from tlrunner.data.augment import MIX_STREAM, EvalTransform, TrainTransform, view_of
+from tlrunner.data.buffers import Buffers
 from tlrunner.data.dataset import Dataset
-from tlrunner.data.decode import BadImage, Encoded, Picture
+from tlrunner.data.decode import BadImage
 from tlrunner.data.mix import mix_pairs
 from tlrunner.data.order import (
     Rows,
@@ -31,8 +32,8 @@ from tlrunner.data.threads import map_ahead
 from tlrunner.data.world import World
 from tlrunner.errors import DataError
 
-_CHUNK = 8  # images a thread renders at a time; even, so that no pair is torn
-_BATCHES_AHEAD = 3
+_CHUNK = 16  # images a thread renders at a time; even, so that no pair is torn
+_BATCHES_AHEAD, _BYTES_AHEAD = 3, 256 * 2**20  # of pixels, whichever is less
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def train_batches(
         draws_B = transform.draws(ids_B, view)
         for row, draws, image_HWC in zip(chunk.rows.tolist(), draws_B, images_BHWC, strict=True):
             try:
-                transform.render(_picture(dataset, row), draws, image_HWC)
+                transform.render(dataset.picture(row), draws, image_HWC)
             except BadImage as err:
                 raise _damaged(dataset, row, err) from err
         weights_B = mix_pairs(
@@ -123,8 +124,10 @@ def train_batches(
     size, is_mixed = transform.preprocess.image_size, bool(augment.mixup or augment.cutmix)
     cuts = cut_batches(len(rows), batch_size)[first_batch:]
     shares = [_Share(rows[rank_slice(cut, world)], 0, cut.stop - cut.start) for cut in cuts]
-    make = partial(_empty_batch, dataset, size, is_mixed, pin_memory)
-    return _batches(dataset, shares, make, fill, num_threads)
+    make = partial(_empty_batch, dataset, _pixels(size, pin_memory), is_mixed)
+    return _batches(
+        dataset, shares, make, fill, num_threads, _chunks_ahead(shares, size, num_threads)
+    )
 
 
 def eval_batches(
@@ -148,7 +151,7 @@ def eval_batches(
     def fill(chunk: _Chunk) -> _Chunk:
         for row, image_HWC in zip(chunk.rows.tolist(), chunk.pixels, strict=True):
             try:
-                transform.render(_picture(dataset, row), image_HWC)
+                transform.render(dataset.picture(row), image_HWC)
             except BadImage as err:
                 raise _damaged(dataset, row, err) from err
         return chunk
@@ -157,8 +160,11 @@ def eval_batches(
     for cut in cut_batches(len(rows), batch_size):
         part, num_padding = padded_share(cut, world)
         shares.append(_Share(rows[part], num_padding, cut.stop - cut.start))
-    make = partial(_empty_batch, dataset, transform.preprocess.image_size, False, pin_memory)
-    return _batches(dataset, shares, make, fill, num_threads)
+    size = transform.preprocess.image_size
+    make = partial(_empty_batch, dataset, _pixels(size, pin_memory), False)
+    return _batches(
+        dataset, shares, make, fill, num_threads, _chunks_ahead(shares, size, num_threads)
+    )
 
 
 def _epoch_order(dataset: Dataset, rows: Rows, seed: int, epoch: int) -> Rows:
@@ -175,6 +181,7 @@ def _batches(
     make: Callable[[_Share], Batch],
     fill: Callable[[_Chunk], _Chunk],
     num_threads: int,
+    ahead: int,
 ) -> Iterator[Batch]:
     """Cut a rank's batches into chunks, have threads fill them, and hand over whole batches."""
     cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would only be in their way
@@ -188,19 +195,32 @@ def _batches(
                 part = slice(start, min(start + _CHUNK, len(rows_B)))
                 yield _Chunk(batch, rows_B[part], part, is_last=part.stop == len(rows_B))
 
-    largest = max((len(share.rows_B) for share in shares), default=0)
-    ahead = max(_BATCHES_AHEAD * -(-largest // _CHUNK), num_threads + 1)
     for chunk in map_ahead(fill, chunks(), num_threads, ahead):
         if chunk.is_last:
             yield chunk.batch
 
 
+def _chunks_ahead(shares: Sequence[_Share], size: int, num_threads: int) -> int:
+    """How many chunks may be in the making: enough to keep the threads busy, if memory allows."""
+    largest = max((len(share.rows_B) for share in shares), default=0)
+    wanted = max(_BATCHES_AHEAD * -(-largest // _CHUNK), num_threads + 1)
+    return max(1, min(wanted, _BYTES_AHEAD // (_CHUNK * size * size * 3)))
+
+
+def _pixels(size: int, pin_memory: bool) -> Callable[[int], torch.Tensor]:
+    """What makes the pixels of a batch, given its number of images; nothing is in them yet."""
+    if pin_memory:
+        return lambda count: torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=True)
+    buffers = Buffers()
+    return lambda count: torch.from_numpy(buffers.take((count, size, size, 3)))
+
+
 def _empty_batch(
-    dataset: Dataset, size: int, is_mixed: bool, pin_memory: bool, share: _Share
+    dataset: Dataset, pixels: Callable[[int], torch.Tensor], is_mixed: bool, share: _Share
 ) -> Batch:
     """A batch with everything but its pixels, and its weights if it is mixed."""
     num_rows, num_images = len(share.rows_B), len(share.rows_B) + share.num_padding
-    images_BHWC = torch.empty((num_images, size, size, 3), dtype=torch.uint8, pin_memory=pin_memory)
+    images_BHWC = pixels(num_images)
     images_BHWC[num_rows:] = 0
     labels_B = np.zeros(num_images, np.int64)
     labels_B[:num_rows] = dataset.labels_N[share.rows_B]
@@ -216,11 +236,6 @@ def _empty_batch(
         mask_B=torch.arange(num_images) < num_rows,
         num_global=share.num_global,
     )
-
-
-def _picture(dataset: Dataset, row: int) -> Picture:
-    """Where pixels come from; the only place that knows."""
-    return Encoded(dataset.image_bytes(row))
 
 
 def _damaged(dataset: Dataset, row: int, err: BadImage) -> DataError:
