@@ -121,6 +121,19 @@ def test_pixels_are_normalised_by_channel() -> None:
     assert images_BCHW[0, :, 2, 2].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@given(st.tuples(*[st.floats(0.01, 0.99)] * 3), st.tuples(*[st.floats(0.05, 0.6)] * 3))
+def test_looked_up_pixels_are_the_computed_ones_to_the_bit(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> None:
+    preprocess = PREPROCESS.model_copy(update={"mean": mean, "std": std})
+    model_input = ModelInput(preprocess, torch.device("cpu"))
+    levels_BHWC = torch.arange(256, dtype=torch.uint8).view(2, 128, 1, 1).expand(2, 128, 3, 3)
+    looked_up, computed = model_input(levels_BHWC), model_input.computed(levels_BHWC)
+    assert torch.equal(looked_up, computed)
+    assert looked_up.dtype == torch.float32
+    assert looked_up.is_contiguous(memory_format=torch.channels_last)
+
+
 # -- Loss ------------------------------------------------------------------------------------------
 
 weights = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=9)
