@@ -18,6 +18,8 @@ from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 
+pytest_plugins = ["s3_servers"]
+
 COLOURS = {"blue": 2, "green": 1, "red": 0}  # class -> the channel that is bright
 IMAGES_PER_CLASS = 12
 

@@ -1,116 +1,122 @@
+"""What holds of every store, and what holds of a directory alone."""
+
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from s3_servers import Bucket
 
-from tlrunner.data import store
-from tlrunner.data.store import fetch
+from tlrunner.data.fetch import open_store
+from tlrunner.data.store import Entry, LocalStore, Part, Store
 from tlrunner.errors import StorageError
 
-CONTENT = b"weights" * 1000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+CONTENT = bytes(range(256)) * 40
 
 
-def test_a_local_file_is_used_where_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(CONTENT)
-    assert fetch(str(path), tmp_path / "cache", SHA256) == path
-    assert fetch(f"file://{path}", tmp_path / "cache") == path
-    with pytest.raises(StorageError, match=r"has SHA-256 .*; valid: 0000"):
-        fetch(str(path), tmp_path / "cache", "0" * 64)
-    assert not (tmp_path / "cache").exists()
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("moto_bucket", marks=pytest.mark.slow),
+        pytest.param("rclone_bucket", marks=pytest.mark.slow),
+    ]
+)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return open_store(str(tmp_path / "store"))
+    bucket: Bucket = request.getfixturevalue(request.param)
+    return open_store(f"{bucket.uri}/some/prefix")
 
 
-@pytest.mark.parametrize("uri", ["/no/such/file", "http://x/y", "s3://bucket", "s3://bucket/dir/"])
-def test_a_uri_that_names_no_file_is_refused(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(StorageError):
-        fetch(uri, tmp_path)
+def put(store: Store, name: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "to-put"
+    path.write_bytes(content)
+    store.put(name, path)
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "hush-hush",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = store._client()
-    client.create_bucket(Bucket="models")
-    client.put_object(Bucket="models", Key="a/w.bin", Body=CONTENT)
-    return client
+def test_a_store_gives_back_what_was_put(store: Store, tmp_path: Path) -> None:
+    for name in ("b.bin", "deep/er/ä é+%.bin", "a.bin", "empty"):
+        put(store, name, b"" if name == "empty" else CONTENT, tmp_path)
+        assert store.read(name) == (b"" if name == "empty" else CONTENT)
+    assert store.list() == [
+        *(Entry("a.bin", 10240), Entry("b.bin", 10240)),
+        *(Entry("deep/er/ä é+%.bin", 10240), Entry("empty", 0)),
+    ]
+    assert (store.size("a.bin"), store.size("empty")) == (10240, 0)
 
 
-@pytest.mark.slow
-def test_an_object_is_downloaded_once(
-    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_that_is_put_again_is_replaced(store: Store, tmp_path: Path) -> None:
+    put(store, "a", CONTENT, tmp_path)
+    put(store, "a", b"new", tmp_path)
+    assert store.read("a") == b"new"
+    assert store.list() == [Entry("a", 3)]
+
+
+def test_a_part_is_read_alone_and_checked(store: Store, tmp_path: Path) -> None:
+    put(store, "a", CONTENT, tmp_path)
+    digest = hashlib.sha256(CONTENT[100:150]).hexdigest()
+    assert store.read("a", Part(100, 50)) == CONTENT[100:150]
+    assert store.read("a", Part(100, 50, digest)) == CONTENT[100:150]
+    assert store.read("a", Part(len(CONTENT) - 1, 1)) == CONTENT[-1:]
+    assert store.read("a", Part(7, 0)) == b""
+
+
+def test_what_is_absent_is_told_from_what_is_empty(store: Store) -> None:
+    assert store.list() == []
+    assert store.size("absent") is None
+    with pytest.raises(FileNotFoundError):
+        store.read("absent")
+    with pytest.raises(FileNotFoundError):
+        store.read("absent", Part(0, 10))
+
+
+def test_a_deleted_file_is_gone_and_may_be_deleted_again(store: Store, tmp_path: Path) -> None:
+    put(store, "deep/a", CONTENT, tmp_path)
+    put(store, "deep/b", CONTENT, tmp_path)
+    store.delete("deep/a")
+    store.delete("deep/a")
+    store.delete("nowhere/at/all")
+    assert store.list() == [Entry("deep/b", len(CONTENT))]
+
+
+def test_a_neighbour_whose_name_begins_alike_is_not_listed(store: Store, tmp_path: Path) -> None:
+    put(store, "inner/a", CONTENT, tmp_path)
+    put(store, "inner-b/a", CONTENT, tmp_path)
+    assert open_store(f"{store.uri}/inner").list() == [Entry("a", len(CONTENT))]
+
+
+@given(start=st.integers(0, 400), num_bytes=st.integers(0, 400))
+def test_any_range_of_a_local_file_is_its_bytes_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, start: int, num_bytes: int
 ) -> None:
-    path = fetch("s3://models/a/w.bin", tmp_path, SHA256)
-    assert path.name == "w.bin"
-    assert path.read_bytes() == CONTENT
-    monkeypatch.setattr(store, "_download", None)
-    assert fetch("s3://models/a/w.bin", tmp_path, SHA256) == path
+    store = LocalStore(tmp_path_factory.getbasetemp())
+    content = CONTENT[:300]
+    store.path("ranges").write_bytes(content)
+    part = Part(start, num_bytes)
+    if num_bytes == 0 or start + num_bytes <= len(content):
+        assert store.read("ranges", part) == content[start : start + num_bytes]
+    else:
+        with pytest.raises(StorageError):
+            store.read("ranges", part)
 
 
-@pytest.mark.slow
-def test_an_object_that_was_replaced_is_fetched_again(bucket: Any, tmp_path: Path) -> None:
-    first = fetch("s3://models/a/w.bin", tmp_path)
-    bucket.put_object(Bucket="models", Key="a/w.bin", Body=b"other")
-    assert fetch("s3://models/a/w.bin", tmp_path).read_bytes() == b"other"
-    assert first.read_bytes() == CONTENT
+def test_wrong_bytes_of_a_local_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(CONTENT)
+    wrong = Part(0, 10, hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(StorageError, match="/a' cannot be read: its bytes are not those"):
+        LocalStore(tmp_path).read("a", wrong)
 
 
-@pytest.mark.slow
-def test_another_file_than_was_meant_is_refused(bucket: Any, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"has SHA-256"):
-        fetch("s3://models/a/w.bin", tmp_path, "0" * 64)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("uri", ["s3://models/absent", "s3://nowhere/at/all"])
-def test_what_is_absent_is_one_line_without_secrets(bucket: Any, tmp_path: Path, uri: str) -> None:
-    with pytest.raises(StorageError, match="404") as caught:
-        fetch(uri, tmp_path)
-    assert "hush" not in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_broken_download_leaves_nothing_and_goes_on_where_it_stopped(
-    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from botocore.exceptions import IncompleteReadError
-    from botocore.response import StreamingBody
-
-    real, broken = StreamingBody.iter_chunks, [0]
-
-    def breaking(body: Any, size: int) -> Iterator[bytes]:
-        broken[0] += 1
-        if broken[0] in fail_on:
-            yield body.read(100)
-            raise IncompleteReadError(actual_bytes=100, expected_bytes=7000)
-        yield from real(body, size)
-
-    monkeypatch.setattr(StreamingBody, "iter_chunks", breaking)
-    fail_on = {1, 2, 3}
-    with pytest.raises(StorageError, match="broke 3 times"):
-        fetch("s3://models/a/w.bin", tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    fail_on = {4}
-    assert fetch("s3://models/a/w.bin", tmp_path, SHA256).read_bytes() == CONTENT
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    store = LocalStore(tmp_path)
+    assert store.size("a") is None
+    with pytest.raises(StorageError, match="Is a directory"):
+        store.read("a")
+    with pytest.raises(StorageError, match="a cannot be written: Is a directory"):
+        store.delete("a")
+    with pytest.raises(StorageError, match="a cannot be written: Is a directory"):
+        put(store, "a", CONTENT, tmp_path)
+    with pytest.raises(StorageError, match="cannot be written"):
+        store.put("to-put/below-a-file", tmp_path / "to-put")

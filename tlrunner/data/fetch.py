@@ -14,6 +14,7 @@ from tlrunner.files import sha256_file, write_with
 
 RANGE_BYTES = 8 << 20
 NUM_THREADS = 16  # requests under way at once, for one file
+_PLACES = "a path, file://PATH or s3://BUCKET/KEY"
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -64,23 +65,16 @@ def fetch(uri: str, cache_dir: str | Path, sha256: str | None = None) -> Path:
     Raises:
         StorageError: it cannot be had, or is not the file that was meant.
     """
-    if "://" not in uri or uri.startswith("file://"):
-        path = Path(uri.removeprefix("file://")).expanduser()
-        if not path.is_file():
-            raise StorageError(
-                f"{path} is not a file", "a path, file://PATH or s3://BUCKET/KEY", "check the path"
-            )
-    else:
-        path = _fetch_s3(uri, Path(cache_dir).expanduser())
-    found = sha256_file(path) if sha256 else None
-    if sha256 and found != sha256.lower():
-        raise StorageError(
-            f"'{uri}' has SHA-256 {found}", sha256, "check that the URI names the right file"
-        )
+    if "://" in uri and not uri.startswith("file://"):
+        return _fetch_s3(uri, Path(cache_dir).expanduser(), sha256)
+    path = Path(uri.removeprefix("file://")).expanduser()
+    if not path.is_file():
+        raise StorageError(f"{path} is not a file", _PLACES, "check the path")
+    _check_digest(uri, path, sha256)
     return path
 
 
-def _fetch_s3(uri: str, cache_dir: Path) -> Path:
+def _fetch_s3(uri: str, cache_dir: Path, sha256: str | None) -> Path:
     bucket, key = _split_s3(uri)
     prefix, _, name = key.rpartition("/")
     if not name:
@@ -93,17 +87,29 @@ def _fetch_s3(uri: str, cache_dir: Path) -> Path:
     # an object that is replaced gets another ETag, and so another place here
     version = hashlib.sha256(f"{uri}\n{etag}".encode()).hexdigest()[:32]
     path = cache_dir / "fetched" / version / name
-    same = store.at_version(etag)
 
     def write(temporary: Path) -> None:
         try:
-            download(same, name, temporary, ranges(num_bytes))
+            download(store.at_version(etag), name, temporary, ranges(num_bytes))
         except FileNotFoundError:
             raise unreachable(uri, "it was removed while it was read") from None
+        _check_digest(uri, temporary, sha256)
 
     if not path.is_file():
         write_with(path, write)
+    else:
+        _check_digest(uri, path, sha256)
     return path
+
+
+def _check_digest(uri: str, path: Path, sha256: str | None) -> None:
+    if sha256 is None:
+        return
+    found = sha256_file(path)
+    if found != sha256.lower():
+        raise StorageError(
+            f"'{uri}' has SHA-256 {found}", sha256, "check that the URI names the right file"
+        )
 
 
 def _split_s3(uri: str) -> tuple[str, str]:
@@ -111,7 +117,7 @@ def _split_s3(uri: str) -> tuple[str, str]:
     scheme, _, rest = uri.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme != "s3":  # only the scheme is repeated: addresses can hold passwords and signatures
-        raise StorageError(f"'{scheme}://' is no place", "a path, file://PATH or s3://BUCKET/KEY")
+        raise StorageError(f"'{scheme}://' is no place", _PLACES)
     if ":" in bucket or "@" in bucket:
         raise StorageError(
             "an s3:// URI has more than a bucket before its first slash",

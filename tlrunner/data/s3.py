@@ -67,11 +67,14 @@ _FAULTS = {  # of botocore, by the class that says most
     "ResponseStreamingError": "the connection broke",
     "IncompleteReadError": "the connection broke",
     "ResponseParserError": "the answer is not that of an S3 server",
+    "HTTPClientError": "the request cannot be sent",
     "ProxyConnectionError": "the proxy cannot be reached",
     "SSLError": "no secure connection",
     "FlexibleChecksumError": WRONG_BYTES,
     "_WrongBytes": WRONG_BYTES,
     "_Replaced": _REFUSALS["PreconditionFailed"],
+    # botocore follows a redirect that names no region for ever
+    "RecursionError": "the endpoint sends requests elsewhere, as for another region or to https",
     "ValueError": "the endpoint or the region is not valid",
 }
 
@@ -256,11 +259,12 @@ class S3Store:
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
-        known = (ClientError, BotoCoreError, ResponseParserError, HTTPError, OSError, ValueError)
+        of_botocore = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
+        of_python = (OSError, ValueError, RecursionError)
         for attempt in range(1, self.patience.attempts + 1):
             try:
                 return request(self._client.get())
-            except (*known, _WrongBytes, _Replaced) as err:
+            except (*of_botocore, *of_python, _WrongBytes, _Replaced) as err:
                 why = _in_words(err)
                 # not `from err`: what botocore says can hold a token or the user of a proxy
                 if _is_absence(err):

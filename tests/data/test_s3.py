@@ -1,0 +1,227 @@
+"""What S3 refuses, in one line each. test_store has what it does, test_s3_faults what breaks."""
+
+import copy
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from s3_servers import KEY, SECRET, Bucket, use_endpoint
+
+from tlrunner.data.s3 import Patience, S3Store
+from tlrunner.data.store import Part
+from tlrunner.errors import StorageError
+
+QUICK = Patience(attempts=3, timeout_seconds=2, first_pause_seconds=0.001)
+PATH = Path(__file__)
+VERBS: dict[str, Callable[[S3Store], object]] = {
+    "list": lambda store: store.list(),
+    "size": lambda store: store.size("name"),
+    "read": lambda store: store.read("name"),
+    "part": lambda store: store.read("name", Part(0, 10)),
+    "put": lambda store: store.put("name", PATH),
+    "delete": lambda store: store.delete("name"),
+}
+
+
+@contextmanager
+def answering(status: int, code: str, **headers: str) -> Iterator[str]:
+    """The address of a server that gives this answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = f"<Error><Code>{code}</Code><Message>{KEY} {SECRET}</Message></Error>".encode()
+            self.send_response_only(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        do_HEAD = do_PUT = do_DELETE = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def refusal(store: S3Store, verb: str, *secrets: str) -> str:
+    """The line that a verb ends with, after a check that it is one and tells no secret."""
+    with pytest.raises(StorageError) as caught:
+        VERBS[verb](store)
+    line = str(caught.value)
+    assert line.startswith(f"'{store.uri}")
+    assert "\n" not in line
+    told = "".join(traceback.format_exception(caught.value))
+    assert not any(secret in told for secret in (KEY, SECRET, *secrets))
+    return line
+
+
+REFUSALS = [
+    (403, "AccessDenied", "access denied"),
+    (404, "NoSuchBucket", "there is no such bucket"),
+    (301, "PermanentRedirect", "another region"),
+    (400, "AuthorizationHeaderMalformed", "another region"),
+    (400, "IllegalLocationConstraintException", "another region"),
+    (403, "InvalidAccessKeyId", "the access key is not known there"),
+    (403, "SignatureDoesNotMatch", "the secret key does not belong to the access key"),
+    (400, "ExpiredToken", "the credentials have expired"),
+    (400, "InvalidToken", "the session token is not valid"),
+    (403, "RequestTimeTooSkewed", "the clock of this machine is wrong"),
+    (400, "EntityTooLarge", "too large"),
+    (501, "NotImplemented", "(HTTP 501)"),
+    (418, "Teapot", "Teapot (HTTP 418)"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_will_not_pass_ends_at_once(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    for status, code, words in REFUSALS:
+        with answering(status, code) as endpoint:
+            use_endpoint(monkeypatch, endpoint)
+            store = S3Store("bucket", "prefix", patience=QUICK)
+            assert words in refusal(store, verb)
+            assert store.retries.count == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_may_pass_is_asked_for_until_patience_ends(
+    monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    busy = [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")]
+    for status, code in [*busy, (400, "RequestTimeout"), (200, "not XML <")][
+        : 5 - (verb != "list")
+    ]:
+        with answering(status, code) as endpoint:
+            use_endpoint(monkeypatch, endpoint)
+            store = S3Store("bucket", patience=QUICK)
+            assert ", 3 times; valid: " in refusal(store, verb)
+            assert store.retries.count == 2
+
+
+@pytest.mark.slow
+def test_a_bucket_that_the_server_says_is_elsewhere_is_in_another_region(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with answering(301, "PermanentRedirect", x_amz_bucket_region="eu-west-1") as endpoint:
+        use_endpoint(monkeypatch, endpoint)
+        for verb in VERBS:
+            assert "another region" in refusal(S3Store("bucket", patience=QUICK), verb)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_such_bucket_is_told_from_no_such_object(s3_bucket: Bucket, verb: str) -> None:
+    assert "there is no such bucket" in refusal(S3Store("nowhere-at-all", "prefix"), verb)
+    assert S3Store(s3_bucket.name, "prefix").size("absent") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_wrong_keys_are_told_apart(
+    rclone_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    store = S3Store(rclone_bucket.name)
+    assert "the secret key does not belong" in refusal(store, verb, "wrong-secret")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAWRONG")
+    store = S3Store(rclone_bucket.name)
+    assert "the access key is not known" in refusal(store, verb, "wrong-secret", "AKIAWRONG")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_endpoint_that_is_down_is_asked_until_patience_ends(
+    monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    use_endpoint(monkeypatch, "http://someone:a-password@127.0.0.1:1")
+    store = S3Store("bucket", patience=QUICK)
+    assert "the endpoint cannot be reached, 3 times" in refusal(store, verb, "a-password")
+    assert store.retries.count == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "there are no credentials"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "the credentials are incomplete"),
+        ({"AWS_PROFILE": "absent"}, "there is no such profile as AWS_PROFILE names"),
+        ({"AWS_ENDPOINT_URL": "what is this"}, "the endpoint or the region is not valid"),
+        ({"AWS_DEFAULT_REGION": "no region"}, "the endpoint or the region is not valid"),
+        ({"AWS_CONFIG_FILE": str(PATH)}, "the AWS configuration file cannot be read"),
+        ({"AWS_SESSION_TOKEN": "two\nlines-of-it"}, "the request cannot be sent"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str
+) -> None:
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    for verb in VERBS:
+        assert words in refusal(S3Store("bucket", patience=QUICK), verb, "lines-of-it")
+
+
+def test_a_name_that_no_object_can_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+    for verb in VERBS:
+        line = refusal(S3Store("no bucket", patience=QUICK), verb)
+        assert "that is no name of a bucket or an object" in line
+
+
+def test_a_range_past_the_end_says_that_the_file_is_shorter(
+    s3_bucket: Bucket, tmp_path: Path
+) -> None:
+    store = S3Store(s3_bucket.name, patience=QUICK)
+    store.put("name", PATH)
+    with pytest.raises(StorageError, match="it is shorter than it was"):
+        store.read("name", Part(PATH.stat().st_size, 1))
+
+
+def test_a_long_list_is_read_to_its_end(s3_bucket: Bucket) -> None:
+    keys = [f"p/{number:04d}" for number in range(1003)]
+    for key in [*keys, "pp"]:
+        s3_bucket.client.put_object(Bucket=s3_bucket.name, Key=key, Body=b"")
+    names = [entry.name for entry in S3Store(s3_bucket.name, "p").list()]
+    assert names == [f"{number:04d}" for number in range(1003)]
+
+
+@pytest.mark.slow
+def test_keys_that_only_show_a_folder_are_not_listed(moto_bucket: Bucket) -> None:
+    for key in ("p/", "p/a", "p/folder/"):
+        moto_bucket.client.put_object(Bucket=moto_bucket.name, Key=key, Body=b"")
+    assert [entry.name for entry in S3Store(moto_bucket.name, "p").list()] == ["a"]
+
+
+def test_a_store_that_was_sent_to_another_process_can_be_used(s3_bucket: Bucket) -> None:
+    store = S3Store(s3_bucket.name, "p", patience=QUICK)
+    store.put("name", PATH)
+    there = copy.deepcopy(store)  # by the same way as pickle
+    assert there == store
+    assert there.read("name") == PATH.read_bytes()
+
+
+def test_a_store_in_a_forked_process_has_connections_of_its_own(s3_bucket: Bucket) -> None:
+    store = S3Store(s3_bucket.name, patience=QUICK)
+    store.put("name", PATH)
+    first = store._client.get()
+    assert store._client.get() is first
+    store._client._process = os.getppid()  # as in a fork of this process
+    assert store._client.get() is not first
+
+
+def test_pauses_grow_and_differ() -> None:
+    patience = Patience(first_pause_seconds=1, longest_pause_seconds=4)
+    for attempt, longest in ((1, 1), (2, 2), (3, 4), (9, 4)):
+        pauses = [patience.pause(attempt) for _ in range(200)]
+        assert 0 <= min(pauses) < longest / 4
+        assert longest * 3 / 4 < max(pauses) <= longest
