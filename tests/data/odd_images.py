@@ -218,8 +218,20 @@ def tiffs() -> dict[str, Case]:
         "TIFF whose directory lies outside": Case(
             b"II*\0" + struct.pack("<I", 1 << 30) + bytes(100), "unreadable"
         ),
+        "TIFF of 2048 samples a pixel": Case(_with_tag(277, 2048), "unreadable"),
         "TIFF whose directory is a ring": Case(_ring(), UPRIGHT, rgb),
     }
+
+
+def _with_tag(tag: int, value: int) -> bytes:
+    """A TIFF with another number for one of its tags."""
+    data = bytearray(encoded(picture(), "TIFF"))
+    (at,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, at)
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        if struct.unpack_from("<H", data, entry)[0] == tag:
+            struct.pack_into("<I", data, entry + 8, value)
+    return bytes(data)
 
 
 def _ring() -> bytes:

@@ -1,5 +1,6 @@
 """Which files are taken for images, and what Pillow does not see in them."""
 
+import logging
 import warnings
 import zlib
 
@@ -11,6 +12,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 # Of broken metadata Pillow warns on stderr; what is wrong with an image is told by its reason.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def check_whole(data: bytes) -> None:
