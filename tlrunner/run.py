@@ -193,7 +193,7 @@ def _prepared(job: AnyJob, trials: Sequence[TrialConfig], out: Console) -> tuple
     )
     data = settle_streaming(job.data, shards)
     preprocesses = [describe(t.backbone, t.data.image_size).preprocess for t in trials]
-    data = settle_decoded_cache(data, images, preprocesses)
+    data = settle_decoded_cache(data, images, splits, preprocesses)
     if data.streaming == "on":
         out.print("images are streamed; each epoch shuffles 16 row groups at a time")
     if data.decoded_cache == "on":

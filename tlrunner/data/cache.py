@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class NodeCache:
 
         Args:
             num_bytes: size of the file, which room is made for.
-            make: writes the file at a path, where it is empty.
+            make: writes the file at a path, into the `num_bytes` zeros that are there already.
 
         Raises:
             StorageError: no room within the limit, or on the disk.
@@ -60,18 +60,17 @@ class NodeCache:
         self._exists()
         with locked(self.directory / f"{name}.lock"):
             held = _held(path)  # another process may just have made it
-            if held is None:
-                self._make(path, num_bytes, make)
-                held = _held(path)
-        assert held is not None, f"{path} was evicted under its lock"
-        return held
+            return self._made(path, num_bytes, make) if held is None else held
 
-    def _make(self, path: Path, num_bytes: int, make: Callable[[Path], None]) -> None:
+    def _made(self, path: Path, num_bytes: int, make: Callable[[Path], None]) -> int:
         new = path.with_name(path.name + _NEW)
         try:
             with self._reserved(new, num_bytes):
                 make(new)
+                held = _held(new)  # before it has its name, or another process might evict it
+                assert held is not None, f"{new} was not made"
                 new.replace(path)
+                return held
         except OSError as err:
             raise cannot_write(path, err) from err
 
@@ -91,13 +90,11 @@ class NodeCache:
 
     def _evict(self, allowed: int, wanted: str) -> None:
         """Remove files until at most `allowed` bytes are used."""
-        used = self._used()
         for path in sorted(self._files(), key=_worth):
-            if used <= allowed:
+            if self._used() <= allowed:
                 return
-            size = path.stat().st_size
-            if _removed(path):
-                used -= size
+            _remove_unused(path)
+        used = self._used()
         if used > allowed:
             raise StorageError(
                 f"the cache {self.directory} has no room for {wanted.removesuffix(_NEW)}: "
@@ -111,11 +108,10 @@ class NodeCache:
         return [path for path in found if path.suffix != ".lock"]
 
     def _used(self) -> int:
-        total = 0
-        for path in self._files():
-            with suppress(FileNotFoundError):
-                total += path.stat().st_size
-        return total
+        # by inode: a file that gets its name meanwhile may be listed under both
+        return sum(
+            {stat.st_ino: stat.st_size for stat in map(_stat, self._files()) if stat}.values()
+        )
 
     def _exists(self) -> None:
         try:
@@ -131,6 +127,8 @@ def _held(path: Path) -> int | None:
             descriptor = os.open(path, os.O_RDWR)
         except FileNotFoundError:
             return None
+        except OSError as err:
+            raise cannot_write(path, err) from err
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink:
             os.utime(descriptor)  # used just now
@@ -138,26 +136,30 @@ def _held(path: Path) -> int | None:
         os.close(descriptor)  # evicted between the two
 
 
-def _removed(path: Path) -> bool:
-    """Remove a file that nobody uses or makes; whether it was one."""
+def _remove_unused(path: Path) -> None:
+    """Remove a file, unless somebody uses or makes it."""
     lock = path if path.suffix != _NEW else path.with_suffix(".lock")
     try:
         descriptor = os.open(lock, os.O_RDONLY)
     except FileNotFoundError:
-        return True
+        return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)
     except BlockingIOError:
-        return False
+        pass
     finally:
         os.close(descriptor)
-    return True
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # another process evicted or named it
+        return None
 
 
 def _worth(path: Path) -> tuple[bool, int]:
     """Leftovers of killed makers go first, then what was used longest ago."""
-    try:
-        return path.suffix != _NEW, path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return False, 0
+    stat = _stat(path)
+    return path.suffix != _NEW, stat.st_mtime_ns if stat else 0

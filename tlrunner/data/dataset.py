@@ -79,9 +79,8 @@ class Dataset:
             BadImage: the stored bytes are no image.
             DataError, StorageError: they cannot be read any more.
         """
-        if self.decoded:
-            return Decoded(self.decoded.pixels(row))
-        return Encoded(self.image_bytes(row))
+        kept = self.decoded.pixels(row) if self.decoded else None
+        return Encoded(self.image_bytes(row)) if kept is None else Decoded(kept)
 
     @cached_property
     def groups_N(self) -> Rows:  # noqa: N802  (a shape ends its name)

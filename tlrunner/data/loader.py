@@ -19,6 +19,7 @@ from tlrunner.data.augment import MIX_STREAM, EvalTransform, TrainTransform, vie
 from tlrunner.data.buffers import Buffers
 from tlrunner.data.dataset import Dataset
 from tlrunner.data.decode import BadImage
+from tlrunner.data.decoded import KeptTransform
 from tlrunner.data.mix import mix_pairs
 from tlrunner.data.order import (
     Rows,
@@ -133,7 +134,7 @@ def train_batches(
 def eval_batches(
     dataset: Dataset,
     rows: Rows,
-    transform: EvalTransform,
+    transform: EvalTransform | KeptTransform,
     *,
     batch_size: int,
     world: World,

@@ -12,10 +12,10 @@ from tlrunner.config import DataConfig, Preprocess, TrialConfig
 from tlrunner.data.augment import EvalTransform, TrainTransform, short_side
 from tlrunner.data.cache import NodeCache
 from tlrunner.data.dataset import Dataset, load_manifest, open_dataset
-from tlrunner.data.decoded import DecodedCache, decoded_bytes
+from tlrunner.data.decoded import DecodedCache, Kept, KeptTransform
 from tlrunner.data.fetch import open_store
 from tlrunner.data.loader import Batch, eval_batches, num_batches, train_batches
-from tlrunner.data.order import Splits, split_rows
+from tlrunner.data.order import Rows, Splits, split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.store import LocalStore
 from tlrunner.data.world import World
@@ -77,18 +77,22 @@ def settle_streaming(data: DataConfig, shards: str) -> DataConfig:
 
 
 def settle_decoded_cache(
-    data: DataConfig, dataset: Dataset, preprocesses: Iterable[Preprocess]
+    data: DataConfig, dataset: Dataset, splits: Splits, preprocesses: Iterable[Preprocess]
 ) -> DataConfig:
     """Decide what `decoded_cache: auto` leaves open, for all preprocessings of a search at once."""
     if data.decoded_cache != "auto":
         return data
-    sizes_N2, wanted = dataset.sizes_N2, 0
-    for short in {short_side(p): p for p in preprocesses}.values():
-        is_larger = np.median(sizes_N2.min(axis=1, initial=65536)) > short_side(short)
-        wanted += decoded_bytes(sizes_N2, short) if is_larger else 0
+    median = np.median(dataset.sizes_N2[splits.train].min(axis=1))
+    different = {repr(preprocess): preprocess for preprocess in preprocesses}.values()
+    larger = [preprocess for preprocess in different if median > short_side(preprocess)]
+    wanted = sum(_kept(dataset, splits, preprocess).num_bytes for preprocess in larger)
     room = min(node_cache(data).limit, memory_bytes() // 2)
     is_on = data.streaming != "on" and 0 < wanted <= room
     return data.model_copy(update={"decoded_cache": "on" if is_on else "off"})
+
+
+def _kept(dataset: Dataset, splits: Splits, preprocess: Preprocess) -> Kept:
+    return Kept(splits.train, splits.val, dataset.sizes_N2, preprocess)
 
 
 def memory_bytes() -> int:
@@ -99,15 +103,19 @@ def memory_bytes() -> int:
     return min(total, int(text)) if text.isdecimal() else total
 
 
-def use_decoded_cache(data: DataConfig, dataset: Dataset, preprocess: Preprocess) -> None:
+def in_reading_order(dataset: Dataset, rows_R: Rows) -> Rows:
+    """Rows whose order does not matter, as streaming reads them: each row group once."""
+    return rows_R if dataset.window is None else np.sort(rows_R)
+
+
+def use_decoded_cache(
+    data: DataConfig, dataset: Dataset, splits: Splits, preprocess: Preprocess
+) -> None:
     """Have the rows' pixels come from the node's cache, if the config says so."""
-    if settle_decoded_cache(data, dataset, [preprocess]).decoded_cache == "on":
+    if settle_decoded_cache(data, dataset, splits, [preprocess]).decoded_cache == "on":
+        kept = _kept(dataset, splits, preprocess)
         dataset.decoded = DecodedCache(
-            node_cache(data),
-            dataset.manifest.sha256,
-            dataset.sizes_N2,
-            preprocess,
-            dataset.image_bytes,
+            node_cache(data), dataset.manifest.sha256, kept, dataset.image_bytes
         )
 
 
@@ -153,8 +161,8 @@ class Feed:
     def val(self) -> Iterator[Batch]:
         batches = eval_batches(
             self.dataset,
-            self.splits.val,
-            EvalTransform(self.preprocess),
+            in_reading_order(self.dataset, self.splits.val),
+            (KeptTransform if self.dataset.decoded else EvalTransform)(self.preprocess),
             batch_size=self.config.train.batch_size,
             world=self.world,
             num_threads=self.num_threads,

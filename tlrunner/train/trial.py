@@ -66,7 +66,7 @@ def run_trial(
     classifier, preprocess = load_classifier(config, len(dataset.class_names))
     world = World(accelerator.process_index, accelerator.num_processes)
     on_gpu = accelerator.device.type == "cuda"
-    use_decoded_cache(config.data, dataset, preprocess)
+    use_decoded_cache(config.data, dataset, splits, preprocess)
     feed = Feed(config, dataset, splits, preprocess, world, pin_memory=on_gpu)
 
     # -- Freezing --------------------------------------------------------------------------------
