@@ -146,42 +146,42 @@ class ImageColumn:
             ) as parquet,
         ):
             self._check_identity(os.fstat(file.fileno()))
-            chunk = self._chunk(parquet.metadata.row_group(group))
-            if _is_plain(chunk):
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    start = chunk.data_page_offset
-                    end = start + chunk.total_compressed_size
-                    located = self._find(parquet, group, content, start, end)
-                if located is not None:
-                    return located
-            return self._decode(parquet, group)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                located = self._find(parquet, group, content)
+            return located or self._decode(parquet, group)
 
-    def _chunk(self, row_group: Any) -> Any:
-        for number in range(row_group.num_columns):
-            chunk = row_group.column(number)
-            if chunk.path_in_schema == self._leaf:
-                return chunk
-        raise self._broken(f"a row group has no column '{self._leaf}'")
-
-    def _find(
-        self, parquet: pq.ParquetFile, group: int, content: mmap.mmap, start: int, end: int
-    ) -> _Located | None:
+    def _find(self, parquet: pq.ParquetFile, group: int, content: mmap.mmap) -> _Located | None:
         """Where a plain column chunk holds its images; None if they are not found there."""
         offsets, lengths = list[int](), list[int]()
+        start, end = 0, 0
         for images in self._batches(parquet, group):
+            start, end = (start, end) if end else self._plain_span(parquet, group)
             present = [image for image in images if image is not None]
             try:
-                found = locate(content, present, start, self._path)
+                found = locate(content, present, start, self._path) if end else None
             except DataError:
                 return None
             if found:
                 start = found[-1] + len(present[-1])
-            if start > end:
+            if found is None or start > end:
                 return None
             places = iter(found)
             offsets += [0 if image is None else next(places) for image in images]
             lengths += [_NULL if image is None else len(image) for image in images]
         return self._complete(group, spooled=False, offsets=offsets, lengths=lengths)
+
+    def _plain_span(self, parquet: pq.ParquetFile, group: int) -> tuple[int, int]:
+        """First and last byte of a column chunk that is plain; zeros for one that is packed.
+
+        To be asked after something of the chunk was read: if its metadata is broken, reading raises
+        an error, but these properties end the process.
+        """
+        paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+        chunk = parquet.metadata.row_group(group).column(paths.index(self._leaf))
+        is_packed = chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page
+        if is_packed or not set(chunk.encodings) <= _PLAIN_ENCODINGS:
+            return 0, 0
+        return chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
 
     def _decode(self, parquet: pq.ParquetFile, group: int) -> _Located:
         offsets, lengths = list[int](), list[int]()
@@ -220,8 +220,3 @@ class ImageColumn:
 
 def _identity(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _is_plain(chunk: Any) -> bool:
-    packed = chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page
-    return not packed and set(chunk.encodings) <= _PLAIN_ENCODINGS

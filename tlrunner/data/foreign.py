@@ -38,17 +38,15 @@ def open_tables(
     if not any(map(len, tables)):
         raise DataError(f"{uri} has no rows", "Parquet files with one row an image")
     names, labels = _classes(uri, tables, labelled)
-    places = [place for table in tables for place in _places(table)]
     versions = [[table.file.name, *table.file.version] for table in tables]
-    named = [file_facts(place) for place in places if place]
     return Source(
         uri=uri,
         class_names=names,
         keys=_keys(tables),
         labels=labels,
-        fingerprint=sha256_json([names, versions, named]),
+        fingerprint=sha256_json([names, versions, _facts_of_named(tables)]),
         num_bytes=sum(table.file.path.stat().st_size for table in tables),
-        read=_Reader(tables, places, Spool(Path(spool_dir).expanduser())).read,
+        read=_Reader(tables, Spool(Path(spool_dir).expanduser())).read,
         splits=_splits(tables),
     )
 
@@ -56,8 +54,8 @@ def open_tables(
 class _Reader:
     """Reads the image of any row of any file."""
 
-    def __init__(self, tables: list[Table], places: list[str], spool: Spool) -> None:
-        self._places = places
+    def __init__(self, tables: list[Table], spool: Spool) -> None:
+        self._tables = tables
         self._starts = list(accumulate(map(len, tables), initial=0))
         self._columns = [
             ImageColumn(
@@ -68,10 +66,12 @@ class _Reader:
 
     def read(self, i: int) -> bytes:
         file = bisect_right(self._starts, i) - 1
-        data = self._columns[file].read(i - self._starts[file])
-        if data is None and self._places[i]:
-            return read_place(self._places[i])
-        return data or b""  # neither bytes nor a path: an empty image
+        row = i - self._starts[file]
+        data = self._columns[file].read(row)
+        if data is None:
+            place = _place(self._tables[file], row)
+            return read_place(place) if place else b""  # neither bytes nor a path: an empty image
+        return data
 
 
 def _check_alike(tables: list[Table]) -> None:
@@ -141,13 +141,24 @@ def _check_range(tables: list[Table], names: Sequence[str]) -> None:
                 raise DataError(found, valid, "repair the labels or the names")
 
 
-def _places(table: Table) -> Iterator[str]:
-    """For each row the place of the image that it may name instead of holding it, or ""."""
-    for path in table.paths:
-        try:
-            yield place_of(path, table.file.base) if path and table.may_lack_bytes else ""
-        except ValueError:
-            yield ""
+def _place(table: Table, row: int) -> str:
+    """The place of the image that a row may name instead of holding it, or ""."""
+    path = table.paths[row]
+    try:
+        return place_of(path, table.file.base) if path else ""
+    except ValueError:
+        return ""
+
+
+def _facts_of_named(tables: list[Table]) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of the local images that rows name; most rows name none."""
+    facts = []
+    for table in tables:
+        for row, path in enumerate(table.paths):
+            size, changed = file_facts(_place(table, row)) if path else (0, 0)
+            if path and changed:
+                facts.append((path, size, changed))
+    return facts
 
 
 def _keys(tables: list[Table]) -> list[str]:

@@ -60,10 +60,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Table:
-    """What a file says of each of its rows. `group_rows`: rows of each row group.
-
-    `may_lack_bytes`: some images may be named by their paths instead of being there.
-    """
+    """What a file says of each of its rows. `group_rows`: rows of each row group."""
 
     file: TableFile
     layout: Layout
@@ -71,7 +68,6 @@ class Table:
     labels: list[int | str | None]
     paths: list[str | None]
     splits: list[str]
-    may_lack_bytes: bool
 
     def __len__(self) -> int:
         return sum(self.group_rows)
@@ -196,13 +192,7 @@ def _class_names(metadata: dict[bytes, bytes]) -> tuple[str, ...]:
 
 
 def _read(parquet: pq.ParquetFile, file: TableFile, layout: Layout) -> Table:
-    metadata = parquet.metadata
-    group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    size = file.path.stat().st_size
-    if min(group_rows, default=0) < 0 or sum(group_rows) > size:  # or a broken footer fills memory
-        raise DataError(
-            f"{file.name} claims {sum(group_rows)} rows in {size} bytes", "", "get it again"
-        )
+    group_rows = _group_rows(parquet, file)
     columns = {
         "label": "label" if layout.label else "",
         "path": layout.path,
@@ -211,9 +201,9 @@ def _read(parquet: pq.ParquetFile, file: TableFile, layout: Layout) -> Table:
     values: dict[str, list[Any]] = {name: [] for name in columns}
     wanted = [leaf for leaf in columns.values() if leaf]
     for group, num_rows in enumerate(group_rows):
-        table = parquet.read_row_group(group, columns=wanted, use_threads=False) if wanted else None
+        table = parquet.read_row_group(group, columns=wanted, use_threads=False)
         for name, leaf in columns.items():
-            found = _values(table, leaf) if table is not None and leaf else [None] * num_rows
+            found = _values(table, leaf) if leaf else [None] * num_rows
             if len(found) != num_rows:
                 raise DataError(f"{file.name} has columns of different lengths", "", "get it again")
             values[name] += found
@@ -224,8 +214,17 @@ def _read(parquet: pq.ParquetFile, file: TableFile, layout: Layout) -> Table:
         labels=values["label"],
         paths=values["path"],
         splits=_splits(values["split"], file) if layout.split else [],
-        may_lack_bytes=bool(layout.path) and _may_hold_nulls(metadata, layout.image),
     )
+
+
+def _group_rows(parquet: pq.ParquetFile, file: TableFile) -> list[int]:
+    """Rows of each row group; asked by reading, as broken metadata could end the process."""
+    groups = range(parquet.metadata.num_row_groups)
+    rows = [parquet.read_row_group(group, columns=[]).num_rows for group in groups]
+    size = file.path.stat().st_size
+    if min(rows, default=0) < 0 or sum(rows) > size:  # or a broken footer would fill the memory
+        raise DataError(f"{file.name} claims {sum(rows)} rows in {size} bytes", "", "get it again")
+    return rows
 
 
 def _values(table: pa.Table, leaf: str) -> list[Any]:
@@ -247,19 +246,6 @@ def _splits(written: list[str | None], file: TableFile) -> list[str]:
             f"{file.name} row {row} has split '{written[row]}'", f"{SPLIT_SPELLINGS}, or empty"
         )
     return [split for split in splits if split is not None]
-
-
-def _may_hold_nulls(metadata: Any, leaf: str) -> bool:
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for number in range(row_group.num_columns):
-            chunk = row_group.column(number)
-            if chunk.path_in_schema == leaf:
-                statistics = chunk.statistics
-                known = statistics is not None and statistics.has_null_count
-                if not known or statistics.null_count:
-                    return True
-    return False
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
