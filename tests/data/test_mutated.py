@@ -14,7 +14,7 @@ from pictures import encoded, picture
 from tlrunner.data.sources import open_source
 from tlrunner.data.write import write_shards
 
-COUNT = 2000
+NUMBERS = [*range(1998), 4702, 6598]  # the last two once ended Python inside of pyarrow
 NUM_IMAGES = 60
 pytestmark = pytest.mark.slow
 
@@ -57,15 +57,25 @@ def shards(foreign: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_damaged_shards_never_read_as_other_data(
     shards: Path, workers: Executor, tmp_path: Path
 ) -> None:
+    fates = fates_of(shards, workers, tmp_path, verify=True)
+    assert set(fates) <= {"refused", "equal"}, fates
+    assert fates.total() == len(NUMBERS)
+
+
+@pytest.mark.xfail(reason="errors of pyarrow and numpy pass through open_dataset", strict=True)
+def test_damaged_shards_that_nobody_verified_end_in_one_line(
+    shards: Path, workers: Executor, tmp_path: Path
+) -> None:
+    fates = fates_of(shards, workers, tmp_path, verify=False)
+    assert set(fates) <= {"refused", "equal", "different"}, fates
+
+
+def fates_of(shards: Path, workers: Executor, work: Path, *, verify: bool) -> "Counter[str]":
     files = sorted(path.name for path in shards.iterdir() if path.name != "manifest.json")
     assert {Path(name).suffix for name in files} == {".parquet", ".npy"}
-    tasks = [
-        partial(mutation.read_with_manifest, shards, files[number % len(files)], number, tmp_path)
-        for number in range(COUNT)
-    ]
-    fates = Counter(workers.map(_called, tasks, chunksize=20))
-    assert set(fates) <= {"refused", "equal"}, fates
-    assert fates.total() == COUNT
+    read = partial(mutation.read_with_manifest, shards)
+    tasks = [partial(read, files[n // 8 % len(files)], verify, n, work) for n in NUMBERS]
+    return Counter(workers.map(_called, tasks, chunksize=20))
 
 
 def test_damaged_foreign_parquet_is_refused_or_read_without_a_crash(
@@ -75,12 +85,12 @@ def test_damaged_foreign_parquet_is_refused_or_read_without_a_crash(
     tasks = [
         # one kind of damage after the other, and all of them for each form
         partial(mutation.read_as_foreign, paths[number // 8 % len(paths)], number, tmp_path)
-        for number in range(COUNT)
+        for number in NUMBERS
     ]
     fates = Counter(workers.map(_called, tasks, chunksize=20))
     assert set(fates) <= {"refused", "some bad", "written"}, fates
     assert min(fates[fate] for fate in ("refused", "some bad", "written")) > 20, fates
-    assert fates.total() == COUNT
+    assert fates.total() == len(NUMBERS)
 
 
 def _called(task: "partial[str]") -> str:
