@@ -138,8 +138,9 @@ def is_right(content: bytes, part: Part | None) -> bool:
     """Whether bytes are those of a part, as far as is known of it."""
     if part is None:
         return True
-    is_whole = len(content) == part.num_bytes
-    return is_whole and part.sha256 in (None, hashlib.sha256(content).hexdigest())
+    if len(content) != part.num_bytes:
+        return False
+    return part.sha256 is None or part.sha256 == hashlib.sha256(content).hexdigest()
 
 
 def unreachable(uri: str, why: str) -> StorageError:
