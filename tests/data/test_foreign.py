@@ -168,6 +168,12 @@ def test_a_directory_is_read_at_any_depth_in_the_order_of_names(tmp_path: Path) 
     assert source.keys[-1] == "b.parquet#9"
 
 
+def test_a_directory_may_be_named_like_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "set.parquet" / "part-00000.snappy.parquet", table())
+    (tmp_path / "set.parquet" / "_SUCCESS").touch()
+    assert len(opened(str(tmp_path / "set.parquet"), tmp_path)) == N
+
+
 def test_images_win_over_parquet_files_beside_them(folder: Path, tmp_path: Path) -> None:
     write(folder / "notes.parquet", table())
     assert opened(str(folder), tmp_path).class_names == ("ant", "bee")

@@ -206,3 +206,21 @@ def test_any_path_and_label_survives_jsonl(
     assert source.keys == [path for path, _ in rows]
     if source.class_names:
         assert [source.class_names[i] for i in source.labels] == [label for _, label in rows]
+
+
+@given(
+    st.binary(max_size=60) | st.text('path,label\n"{}:[]', max_size=60).map(str.encode),
+    st.sampled_from(["csv", "jsonl"]),
+    st.booleans(),
+)
+def test_any_bytes_are_a_list_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, kind: str, labelled: bool
+) -> None:
+    header = b"path,label\n" if kind == "csv" else b""
+    uri = listed(tmp_path_factory.getbasetemp(), header + content, f"bytes.{kind}")
+    try:
+        source = open_list(uri, labelled=labelled)
+    except DataError as err:
+        assert "\n" not in str(err)
+    else:
+        assert len(source.keys) == len(source.labels) > 0

@@ -38,7 +38,8 @@ def place_of(written: str, base: str) -> str:
         key = posixpath.normpath(posixpath.join("/", prefix, written)).lstrip("/")
         return _object(f"s3://{bucket}/{key}", written)
     # without following links, and a hundred times faster than Path
-    return os.path.normpath(os.path.join(base, written))  # noqa: PTH118
+    path = os.path.normpath(os.path.join(base, written))  # noqa: PTH118
+    return f"/{path.lstrip('/')}"  # POSIX keeps two slashes at the front
 
 
 def read_place(place: str) -> bytes:
