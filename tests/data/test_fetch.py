@@ -91,6 +91,13 @@ def test_a_write_that_stops_early_is_continued(
     assert (tmp_path / "target").read_bytes() == CONTENT
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_ends_a_download(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(CONTENT)
+    with pytest.raises(OSError, match="No space left"):
+        download(LocalStore(tmp_path), "a", Path("/dev/full"), ranges(len(CONTENT)))
+
+
 def test_a_download_of_a_file_that_is_absent_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         download(LocalStore(tmp_path), "absent", tmp_path / "target", [Part(0, 1), Part(1, 1)])

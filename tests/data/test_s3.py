@@ -1,17 +1,20 @@
 """What S3 refuses, in one line each. test_store has what it does, test_s3_faults what breaks."""
 
-import copy
-import os
+import io
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
+import urllib3
+from botocore import exceptions as of_botocore
 from s3_servers import KEY, SECRET, Bucket, use_endpoint
 
+from tlrunner.data import s3
 from tlrunner.data.s3 import Patience, S3Store
 from tlrunner.data.store import Part
 from tlrunner.errors import StorageError
@@ -178,6 +181,47 @@ def test_a_name_that_no_object_can_have_is_named(monkeypatch: pytest.MonkeyPatch
         assert "that is no name of a bucket or an object" in line
 
 
+class Failing:
+    """A client that fails once, then answers."""
+
+    def __init__(self, error: Exception) -> None:
+        self.errors = [error]
+
+    def get_object(self, **wanted: str) -> dict[str, io.BytesIO]:
+        if self.errors:
+            raise self.errors.pop()
+        return {"Body": io.BytesIO(b"content")}
+
+
+UNTRUSTED = "certificate verify failed: CERTIFICATE_VERIFY_FAILED"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (of_botocore.SSLError(endpoint_url="", error="EOF occurred"), ""),
+        (of_botocore.SSLError(endpoint_url="", error=UNTRUSTED), "no secure connection"),
+        (urllib3.exceptions.SSLError("decryption failed"), ""),
+        (of_botocore.IncompleteReadError(actual_bytes=1, expected_bytes=2), ""),
+        (of_botocore.ProxyConnectionError(proxy_url="http://u:hush@proxy"), ""),
+        (of_botocore.CredentialRetrievalError(provider="p", error_msg="hush"), "cannot be had"),
+        (of_botocore.UnauthorizedSSOTokenError(), "the credentials have expired"),
+        (PermissionError(13, "hush"), "PermissionError"),
+    ],
+)
+def test_a_fault_on_the_way_is_met_by_asking_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    client = Failing(error)
+    monkeypatch.setattr(s3, "_client", lambda timeout_seconds: client)
+    store = S3Store("bucket", patience=QUICK)
+    if words:
+        assert words in refusal(store, "read", "hush")
+    else:
+        assert store.read("name") == b"content"
+    assert store.retries.count == (0 if words else 1)
+
+
 def test_a_range_past_the_end_says_that_the_file_is_shorter(
     s3_bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -202,21 +246,20 @@ def test_keys_that_only_show_a_folder_are_not_listed(moto_bucket: Bucket) -> Non
     assert [entry.name for entry in S3Store(moto_bucket.name, "p").list()] == ["a"]
 
 
-def test_a_store_that_was_sent_to_another_process_can_be_used(s3_bucket: Bucket) -> None:
-    store = S3Store(s3_bucket.name, "p", patience=QUICK)
-    store.put("name", PATH)
-    there = copy.deepcopy(store)  # by the same way as pickle
-    assert there == store
-    assert there.read("name") == PATH.read_bytes()
-
-
-def test_a_store_in_a_forked_process_has_connections_of_its_own(s3_bucket: Bucket) -> None:
-    store = S3Store(s3_bucket.name, patience=QUICK)
-    store.put("name", PATH)
-    first = store._client.get()
-    assert store._client.get() is first
-    store._client._process = os.getppid()  # as in a fork of this process
-    assert store._client.get() is not first
+def test_stores_share_a_client_but_not_with_another_process_or_other_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(s3._client, [1.0] * 4)
+    assert all(other is first for other in others)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    assert s3._client(1.0) is not first
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    assert s3._client(1.0) is first
+    assert s3._client(2.0) is not first
+    monkeypatch.setattr(s3.os, "getpid", lambda: 1)  # as in a fork of this process
+    assert s3._client(1.0) is not first
 
 
 def test_pauses_grow_and_differ() -> None:

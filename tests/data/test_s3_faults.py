@@ -94,6 +94,20 @@ def test_what_is_put_and_listed_through_every_fault_is_identical(
     assert {entry.name: direct.read(entry.name) for entry in direct.list()} == contents
 
 
+def test_a_flipped_bit_in_a_whole_file_shows_by_the_checksum_it_was_put_with(
+    rclone_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "whole").write_bytes(CONTENT[:100_000])
+    S3Store(rclone_bucket.name).put("whole", tmp_path / "whole")
+    with FaultProxy(rclone_bucket.endpoint, {"flip": 1}) as proxy:
+        use_endpoint(monkeypatch, proxy.endpoint)
+        store = S3Store(rclone_bucket.name, patience=QUICK)
+        with pytest.raises(StorageError, match=WORDS["flip"]):
+            store.read("whole")
+        proxy.rates = {}
+        assert store.read("whole") == CONTENT[:100_000]
+
+
 VERBS: dict[str, Callable[[S3Store], object]] = {
     "list": lambda store: store.list(),
     "size": lambda store: store.size("big"),

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tlrunner.data.s3 import S3Store
@@ -90,7 +91,7 @@ def _fetch_s3(uri: str, cache_dir: Path, sha256: str | None) -> Path:
 
     def write(temporary: Path) -> None:
         try:
-            download(store.at_version(etag), name, temporary, ranges(num_bytes))
+            download(replace(store, etag=etag), name, temporary, ranges(num_bytes))
         except FileNotFoundError:
             raise unreachable(uri, "it was removed while it was read") from None
         _check_digest(uri, temporary, sha256)

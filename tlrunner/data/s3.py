@@ -12,7 +12,8 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -109,44 +110,6 @@ class Retries:
         return len(self.reasons)
 
 
-class _LazyClient:
-    """A boto3 client, made when first needed, and anew in a forked or unpickled copy.
-
-    Its session is its own: the process-wide one of boto3 keeps the credentials it saw first, and is
-    not safe to use from several threads.
-    """
-
-    def __init__(self, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
-        self._lock = Lock()
-        self._process = 0
-        self._client: Any = None
-
-    def __reduce__(self) -> Any:
-        return _LazyClient, (self._timeout_seconds,)
-
-    def get(self) -> Any:
-        with self._lock:
-            if self._process != os.getpid():
-                self._client = self._connect()
-                self._process = os.getpid()
-            return self._client
-
-    def _connect(self) -> Any:
-        from boto3.session import Session  # here, as it takes longer than all of tlrunner.data
-        from botocore.config import Config
-
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": 1},  # `_ask` repeats requests
-            connect_timeout=self._timeout_seconds,
-            read_timeout=self._timeout_seconds,
-            max_pool_connections=MAX_CONNECTIONS,
-            # some servers send the checksum of the whole object with a range of it
-            response_checksum_validation="when_required",
-        )
-        return Session().client("s3", config=config)
-
-
 @dataclass(frozen=True)
 class S3Store:
     """Objects below a prefix of a bucket. Any number of threads may use one.
@@ -159,20 +122,10 @@ class S3Store:
     etag: str | None = None
     patience: Patience = Patience()
     retries: Retries = field(default_factory=Retries, compare=False)
-    _client: _LazyClient = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_client", _LazyClient(self.patience.timeout_seconds))
 
     @property
     def uri(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-
-    def at_version(self, etag: str) -> "S3Store":
-        """The same store over the same connections, reading only what has this ETag."""
-        copy = replace(self, etag=etag)
-        object.__setattr__(copy, "_client", self._client)
-        return copy
 
     def list(self) -> list[Entry]:
         base = f"{self.prefix}/" if self.prefix else ""
@@ -263,7 +216,7 @@ class S3Store:
         of_python = (OSError, ValueError, RecursionError)
         for attempt in range(1, self.patience.attempts + 1):
             try:
-                return request(self._client.get())
+                return request(_client(self.patience.timeout_seconds))
             except (*of_botocore, *of_python, _WrongBytes, _Replaced) as err:
                 why = _in_words(err)
                 # not `from err`: what botocore says can hold a token or the user of a proxy
@@ -277,6 +230,36 @@ class S3Store:
                 log.debug("%s: %s, asking again", uri, why)
                 time.sleep(self.patience.pause(attempt))
         raise AssertionError("the last attempt returns or raises")
+
+
+def _client(timeout_seconds: float) -> Any:
+    """The client of this process and environment: stores are opened for a single file, too."""
+    settings = frozenset((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))
+    with _making:
+        return _made(timeout_seconds, os.getpid(), settings)
+
+
+_making = Lock()  # lest all threads of a download make a client each
+
+
+@lru_cache(maxsize=8)
+def _made(timeout_seconds: float, process: int, settings: frozenset[tuple[str, str]]) -> Any:
+    """A client, made when first needed: a fork shares no connections with its parent.
+
+    Its session is its own, as the one that boto3 shares keeps the credentials it saw first.
+    """
+    from boto3.session import Session  # here, as it takes longer than all of tlrunner.data
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": 1},  # `_ask` repeats requests
+        connect_timeout=timeout_seconds,
+        read_timeout=timeout_seconds,
+        max_pool_connections=MAX_CONNECTIONS,
+        # some servers send the checksum of the whole object with a range of it
+        response_checksum_validation="when_required",
+    )
+    return Session().client("s3", config=config)
 
 
 class _WrongBytes(Exception):  # noqa: N818  (neither leaves this module)
