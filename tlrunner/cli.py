@@ -54,7 +54,7 @@ def run_job(
             {"data.uri": flags.data, "output.uri": flags.out, "output.name": flags.name},
         )
         _log_to_terminal(getattr(config, "log", LogConfig()).level)
-        model = [Path(flags.model)] if needs_model else []
+        model = [flags.model] if needs_model else []
         function = _imported(job) if isinstance(job, str) else job
         return function(config, *model, job_name, _console(), flags.dry_run)
 
@@ -127,7 +127,7 @@ def _job_parser(job_name: str, needs_model: bool) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done")
     if needs_model:
-        parser.add_argument("--model", metavar="DIR", required=True, help="RUN/best")
+        parser.add_argument("--model", metavar="URI", required=True, help="RUN/best")
     return parser
 
 

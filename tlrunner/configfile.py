@@ -32,8 +32,11 @@ NOT_HASHED: dict[str, Any] = {
 }
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _Yaml(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error and 1e-3 is a number."""
+    """Safe YAML in which a key given twice is an error, 1e-3 is a number, and `on` a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -43,7 +46,15 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-3 for a string; YAML 1.2 and everybody else for a number.
+# YAML 1.1, which PyYAML reads, takes on, off, yes and no for booleans; YAML 1.2 does not.
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+# It takes 1e-3 for a string as well.
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),

@@ -32,7 +32,7 @@ from tlrunner.files import read_json, write_json, write_with
 from tlrunner.jobconfig import PredictJob
 from tlrunner.report.rundir import check_empty, place_for
 from tlrunner.screen import preparing
-from tlrunner.train.export import Deployed, load, read_config
+from tlrunner.train.export import Deployed, load, local_model, read_config
 from tlrunner.train.feed import node_cache, split_data
 from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import keep_freed_memory
@@ -56,8 +56,9 @@ class Predictions:
         return np.asarray(self.probabilities_NK.argmax(1), np.int64)
 
 
-def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: bool) -> int:
+def predict(job: PredictJob, model_uri: str, job_name: str, out: Console, dry_run: bool) -> int:
     """Predict every image behind a URI. Gives the exit code."""
+    model = local_model(model_uri, job.data.cache_dir)
     deployed, config = load(model), read_config(model)
     uri = absolute(job.data.uri)
     if dry_run:
@@ -85,7 +86,7 @@ def predict(job: PredictJob, model: Path, job_name: str, out: Console, dry_run: 
     table = _table(predictions, dataset, deployed.labels)
     write_with(place.path / "predictions.parquet", lambda file: pq.write_table(table, file))
     metrics = measure(predictions)
-    write_json(place.path / "metrics.json", {"model": str(model), "data": uri, **metrics})
+    write_json(place.path / "metrics.json", {"model": model_uri, "data": uri, **metrics})
     place.save(place.path / "predictions.parquet", place.path / "metrics.json")
     accuracy = "unknown" if metrics["accuracy"] is None else f"{metrics['accuracy']:.4f}"
     out.print(

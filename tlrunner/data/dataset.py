@@ -212,7 +212,7 @@ def _on_this_node(store: Store, manifest: Manifest, cache: NodeCache | None) -> 
             _cached(store, shard.path, [block.part for block in shard.blocks], cache, name)
             for shard, name in zip(manifest.shards, names, strict=True)
         ]
-        shards = LocalShards([cache.directory / name for name in names], held)
+        shards = LocalShards([cache.directory / name for name in names], held, is_ours=True)
     return shards
 
 

@@ -44,11 +44,16 @@ class Shards(Protocol):
 class LocalShards:
     """Shards in files, which stay open.
 
-    `descriptors` belong to this object; those of a cache keep their file from being evicted.
+    Args:
+        descriptors: belong to this object; those of a cache keep their file from being evicted.
+        is_ours: the files are a cache's, which nobody changes once they have their name.
     """
 
-    def __init__(self, paths: Sequence[Path], descriptors: Sequence[int]) -> None:
+    def __init__(
+        self, paths: Sequence[Path], descriptors: Sequence[int], *, is_ours: bool = False
+    ) -> None:
         self.paths, self._descriptors = paths, descriptors
+        self._watched = () if is_ours else paths
         self._facts = [_facts(os.fstat(descriptor)) for descriptor in descriptors]
 
     def __del__(self) -> None:
@@ -68,7 +73,7 @@ class LocalShards:
         pass  # the system reads ahead
 
     def check_unchanged(self) -> None:
-        for path, facts in zip(self.paths, self._facts, strict=True):
+        for path, facts in zip(self._watched, self._facts, strict=False):
             try:
                 found = _facts(path.stat())
             except OSError as err:

@@ -62,8 +62,9 @@ def finish_run(
 
 def _succeed(run: RunDir, vouched: list[str]) -> None:
     facts = {name: describe_file(run.path / name) for name in vouched}
-    if run.uri:
-        for name, fact in {**facts, **_committed(run.path / "best")}.items():
+    if run.uri:  # what is local was hashed as it was read just now
+        copied = {"run.json": facts["run.json"], **_committed(run.path / "best")}
+        for name, fact in copied.items():
             run.place.check(name, fact["sha256"])
     write_json(run.path / SUCCESS, facts)
     run.place.save(run.path / SUCCESS)

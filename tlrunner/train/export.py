@@ -18,16 +18,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tlrunner.config import Preprocess, TrialConfig
+from tlrunner.config import CACHE_DIR, Preprocess, TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.data.augment import EvalTransform
 from tlrunner.data.decode import Decoded, Encoded, Picture, normalise, upright_rgb
 from tlrunner.data.manifest import Manifest
+from tlrunner.errors import StorageError
 from tlrunner.files import read_json, write_json
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import levels
-from tlrunner.train.checkpoint import read_checkpoint, save_tensors, verify_commit, write_commit
+from tlrunner.train.checkpoint import (
+    COMMIT,
+    read_checkpoint,
+    save_tensors,
+    verify_commit,
+    write_commit,
+)
 from tlrunner.train.loop import ModelInput
+from tlrunner.train.place import place_at
 from tlrunner.train.trial import load_classifier
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
@@ -85,13 +93,15 @@ def export_model(record: TrialRecord, trial: TrialDir, images: Manifest, out: Pa
     write_commit(out)
 
 
-def load(path: str | Path) -> Deployed:
+def load(path: str | Path, cache_dir: str | Path = CACHE_DIR) -> Deployed:
     """The model in a directory that a run exported (`RUN/best`), ready to predict.
+
+    `path`: the directory, or its s3:// URI; from there it is fetched into `cache_dir` once.
 
     Raises:
         StorageError: not such a directory, or a file in it is not what was written.
     """
-    directory = Path(path)
+    directory = local_model(path, cache_dir)
     verify_commit(directory)
     config = read_config(directory)
     labels = tuple(read_json(directory / "labels.json"))
@@ -100,6 +110,24 @@ def load(path: str | Path) -> Deployed:
     classifier, _ = build_classifier(architecture, config.head, len(labels), preprocess.image_size)
     classifier.load_state_dict(load_file(directory / "model.safetensors"))
     return Deployed(classifier.eval(), labels, ImageTransform(preprocess))
+
+
+def local_model(path: str | Path, cache_dir: str | Path) -> Path:
+    """The directory of an exported model on this node.
+
+    Raises:
+        StorageError: it is in S3 and cannot be fetched.
+    """
+    place = place_at(str(path), cache_dir)
+    if place.uri:
+        try:
+            commit = place.store.read(COMMIT)
+        except FileNotFoundError as err:
+            raise StorageError(f"{place} holds no {COMMIT}", "RUN/best of a finished run") from err
+        here = place.path / COMMIT
+        if not here.is_file() or here.read_bytes() != commit:
+            place.fetch()
+    return place.path
 
 
 def read_config(directory: Path) -> TrialConfig:
