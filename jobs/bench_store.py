@@ -9,11 +9,11 @@ range, as a manifest gives it. The file is written to `data.cache_dir`: take a d
 lest a disk decides. Prints medians of MB/s, and of the ratios within each round.
 
 Measured on 2 CPU cores that also ran the server, 256 MiB, 30 ms of latency and 90 MB/s a
-connection, 3 times 15 rounds of 2 s, about 30 s each: 1.00, 1.01 and 1.01 times the speed of plain
-boto3 that writes (835 MB/s), 0.85 to 0.87 times that of plain boto3 that does not. With digests
-0.64 to 0.66 times the former: 16 connections bring more than two cores can take in, and SHA-256
-costs 0.7 s of a core for each GB. Tried and did not help: reading in blocks of 64 KiB to 1 MiB and
-hashing each while it is in the CPU's cache takes as many CPU seconds.
+connection, 4 times 15 rounds of 30 s in all: 1.00 to 1.01 times the speed of plain boto3 that
+writes (about 850 MB/s), 0.85 to 0.87 times that of plain boto3 that does not. With digests 0.64 to
+0.77 times the former: 16 connections bring more than two cores can take in, and SHA-256 costs 0.7 s
+of a core for each GB. Tried and did not help: reading in blocks of 64 KiB to 1 MiB and hashing each
+while it is in the CPU's cache takes as many CPU seconds.
 """
 
 import hashlib
