@@ -212,7 +212,7 @@ def test_a_box_of_an_image_decoded_small_is_cut_to_fractions_of_pixels(
     assert scale <= 0.5
     out = np.zeros((64, 64, 3), np.uint8)
     resize_box(pixels, tuple(side * scale for side in box), "bilinear", out)
-    assert mean_error(box, out, image) < 1.2
+    assert mean_error(box, out, image) < 2.5
 
 
 def test_fractions_of_pixels_matter_where_pixels_are_few() -> None:

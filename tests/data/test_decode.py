@@ -171,7 +171,7 @@ def test_upper_rows_are_the_same_pixels_without_the_lower_ones(
 
 def test_lower_rows_are_not_decoded_where_they_are_not_wanted() -> None:
     upper, _ = Encoded(encoded(noisy(200, 300))).decode_for((300, 200), bottom=90)
-    assert upper.shape == (112, 200, 3)
+    assert upper.shape == (96, 200, 3)
 
 
 def with_restart_markers(image: Image.Image) -> bytes:

@@ -186,8 +186,8 @@ class Encoded:
         the bytes that remain. It reports the first complaint it has, so a decoder that names these
         had nothing against what it decoded. Any other complaint is left to a decoding in full.
         """
-        # Below a row of pixels the decoder looks at one more of colours: 8 cover any sampling.
-        rows = 16 * math.ceil((bottom + 8) / 16)
+        # Below a row of pixels the decoder looks at one more of colours, which may be two rows.
+        rows = 16 * math.ceil((bottom + 2 * 8 / eighths) / 16)
         if self._height_at is None or rows >= self.size_hw[0]:
             return None
         shortened = bytearray(self._data)
