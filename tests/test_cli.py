@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tlrunner.cli import main, run_job
+from tlrunner.data.dataset import open_dataset
 from tlrunner.errors import ConfigError, DataError, ResourceError, StorageError
 from tlrunner.jobconfig import PredictJob, TrainJob
 
@@ -185,3 +186,15 @@ def test_an_audit_of_what_cannot_be_is_a_config_error(
     assert len(err.splitlines()) == 1
     for fragment in fragments:
         assert fragment in err
+
+
+def test_shards_are_written_by_the_command_as_by_the_job(
+    colour_folder: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    flags = ["--data", str(colour_folder), "--out", str(tmp_path), "--name", "made"]
+    assert main(["shard", *flags, "--set", "shards.max_side=20"]) == 0
+    assert "36 images of 3 classes in 1 shards, 0 unusable" in capsys.readouterr().out
+    assert (open_dataset(tmp_path / "made").sizes_N2 == 20).all()
+    with pytest.raises(SystemExit, match="64"):
+        main(["shard", "--max-side", "20"])
+    assert "usage: tlrunner shard" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from rich.table import Table
 from tlrunner.config import BackboneConfig, FreezeConfig, HeadConfig, Section
 from tlrunner.configfile import load, validate
 from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
-from tlrunner.jobconfig import LogConfig
+from tlrunner.jobconfig import LogConfig, PrepareJob
 
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
 
@@ -34,6 +34,7 @@ def run_job(
     *,
     default_config: Path | None = None,
     needs_model: bool = False,
+    prog: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parse the flags of a job, run it, and turn how it ended into an exit code.
@@ -43,8 +44,9 @@ def run_job(
             good: a typo is answered in a second, not after torch, timm and Ray are loaded.
         default_config: the file used where `--config` is not given.
         needs_model: the job takes `--model RUN/best`.
+        prog: what the job is called in its usage; by default the file in `jobs/`.
     """
-    flags = _job_parser(job_name, needs_model).parse_args(argv)
+    flags = _job_parser(prog or f"{job_name}.py", needs_model).parse_args(argv)
 
     def run() -> int:
         config = load(
@@ -72,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     freeze.add_argument("--epoch", type=int, default=0, help="for lp_ft and gradual; from 0")
     backbones = commands.add_parser("backbones", help="list backbones by name")
     backbones.add_argument("pattern", nargs="?", default="", help="part of a name")
+    commands.add_parser("shard", help="write images as shards; flags of jobs/prepare_images.py")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["shard"]:
+        prepare = "tlrunner.run:prepare_images"
+        return run_job("shard", PrepareJob, prepare, prog="tlrunner shard", argv=argv[1:])
     flags = parser.parse_args(argv)
     command = {"freeze": _freeze, "backbones": _backbones}[flags.command]
     return at_the_border(lambda: command(flags))
@@ -116,8 +123,8 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(ConfigError.exit_code)
 
 
-def _job_parser(job_name: str, needs_model: bool) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"{job_name}.py", allow_abbrev=False)
+def _job_parser(prog: str, needs_model: bool) -> argparse.ArgumentParser:
+    parser = _Parser(prog=prog, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML, or JSON where it ends in .json")
     parser.add_argument("--data", metavar="URI", help="the images (data.uri)")
     parser.add_argument("--out", metavar="URI", help="directory that holds runs (output.uri)")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from tlrunner.config import TrialConfig
-from tlrunner.data.dataset import Dataset, open_dataset
+from tlrunner.data.dataset import Dataset, open_dataset, verify_shards
 from tlrunner.data.loader import eval_batches
 from tlrunner.data.order import Rows, limit_rows
 from tlrunner.data.prepare import prepare
@@ -33,7 +33,7 @@ from tlrunner.jobconfig import PredictJob
 from tlrunner.report.rundir import check_empty, place_for
 from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, local_model, read_config
-from tlrunner.train.feed import node_cache, split_data
+from tlrunner.train.feed import fits, in_reading_order, node_cache, split_data
 from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import keep_freed_memory
 from tlrunner.uris import absolute
@@ -75,8 +75,11 @@ def predict(job: PredictJob, model_uri: str, job_name: str, out: Console, dry_ru
             labelled=False,
             progress=progress,
         )
-    dataset = open_dataset(shards, node_cache(job.data))
+    verify_shards(shards)
+    cache = node_cache(job.data)
+    dataset = open_dataset(shards, cache, streamed=not fits(shards, cache))
     rows_N = limit_rows(dataset.ids_N, dataset.labels_N, job.data.limit)
+    rows_N = in_reading_order(dataset, rows_N)
     predictions = Predictions(
         rows_N,
         _probabilities(deployed, config, dataset, rows_N, job),

@@ -104,7 +104,8 @@ def test_makers_at_once_keep_to_the_limit_together(tmp_path: Path) -> None:
 
     def one(number: int) -> None:
         def make(path: Path) -> None:
-            most[0] = max(most[0], cache._used())
+            with cache._locked():
+                most[0] = max(most[0], cache._used())
 
         os.close(cache.hold(str(number), 10, make))
 

@@ -62,7 +62,6 @@ def test_damaged_shards_never_read_as_other_data(
     assert fates.total() == len(NUMBERS)
 
 
-@pytest.mark.xfail(reason="errors of pyarrow and numpy pass through open_dataset", strict=True)
 def test_damaged_shards_that_nobody_verified_end_in_one_line(
     shards: Path, workers: Executor, tmp_path: Path
 ) -> None:

@@ -233,7 +233,7 @@ def test_damaged_shards_are_noticed(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="bytes, not"):
         open_dataset(damaged(shard, lambda data: data[:-10]))
     for damage in (lambda data: data[:-8], lambda data: b"", lambda data: b"x" * len(data)):
-        with pytest.raises(DataError, match="not the index"):
+        with pytest.raises(DataError, match="not the index that was written"):
             open_dataset(damaged(index, damage))
     flipped = damaged(shard, lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:])
     with pytest.raises(DataError, match="not the file that was written"):

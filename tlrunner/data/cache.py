@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,8 @@ class NodeCache:
                 make(new)
                 held = _held(new)  # before it has its name, or another process might evict it
                 assert held is not None, f"{new} was not made"
-                new.replace(path)
+                with self._locked():
+                    new.replace(path)
                 return held
         except OSError as err:
             raise cannot_write(path, err) from err
@@ -78,7 +79,7 @@ class NodeCache:
     def _reserved(self, new: Path, num_bytes: int) -> Iterator[None]:
         """`new` takes its room at once, so that no two makers are promised the same."""
         try:
-            with locked(self.directory / "evict.lock"):
+            with self._locked():
                 new.unlink(missing_ok=True)
                 self._evict(self.limit - num_bytes, new.name)
                 with new.open("wb") as file:
@@ -103,15 +104,16 @@ class NodeCache:
                 "raise data.cache_bytes, or set data.streaming=on",
             )
 
+    def _locked(self) -> AbstractContextManager[None]:
+        """Nobody else changes which files there are; or a count of them might miss one."""
+        return locked(self.directory / "evict.lock")
+
     def _files(self) -> list[Path]:
         found = self.directory.iterdir() if self.directory.is_dir() else ()
         return [path for path in found if path.suffix != ".lock"]
 
     def _used(self) -> int:
-        # by inode: a file that gets its name meanwhile may be listed under both
-        return sum(
-            {stat.st_ino: stat.st_size for stat in map(_stat, self._files()) if stat}.values()
-        )
+        return sum(stat.st_size for stat in map(_stat, self._files()) if stat)
 
     def _exists(self) -> None:
         try:
@@ -155,7 +157,7 @@ def _remove_unused(path: Path) -> None:
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except FileNotFoundError:  # another process evicted or named it
+    except FileNotFoundError:
         return None
 
 

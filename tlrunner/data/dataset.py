@@ -100,12 +100,15 @@ class Dataset:
     @cached_property
     def keys(self) -> list[str]:
         """The key of each row: its path in the original data set. Read when first asked for."""
-        columns = []
-        for number in range(len(self.manifest.shards)):
-            with self.shards.open(number) as file:
-                table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
-            columns.append(table["key"])
-        return [key for column in columns for key in column.to_pylist()]
+        keys: list[str] = []
+        for number, shard in enumerate(self.manifest.shards):
+            try:
+                with self.shards.open(number) as file:
+                    table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
+                keys += table["key"].to_pylist()
+            except (OSError, UnicodeError, pa.ArrowException) as err:
+                raise broken(self.uri, f"{shard.path}: {err}") from err
+        return keys
 
 
 _SIDES = ("height", "width")
@@ -192,6 +195,8 @@ def _index(store: Store, shard: Shard, cache: NodeCache | None) -> Index:
         path = store.path(shard.index_path)
         if not path.is_file():
             return build_index(store.path(shard.path))
+        if sha256_file(path) != shard.index_sha256:
+            raise broken(store.uri, f"{path.name} is not the index that was written")
     else:
         whole = Part(0, shard.index_bytes, shard.index_sha256)
         assert cache is not None, "shards that are not on this machine need a cache"

@@ -19,7 +19,7 @@ from typing import Any
 from tlrunner.config import CACHE_DIR
 from tlrunner.data import sample
 from tlrunner.data.cache import NodeCache
-from tlrunner.data.dataset import Dataset, open_dataset
+from tlrunner.data.dataset import Dataset, open_dataset, verify_shards
 from tlrunner.data.fetch import open_store
 from tlrunner.data.folders import holds_images, open_folder
 from tlrunner.data.foreign import open_tables
@@ -164,7 +164,12 @@ def _open_shards(where: str | Path, labelled: bool, cache_dir: str | Path) -> So
     known = open_dataset(where, kept, streamed=True)
     if labelled and not known.class_names:
         raise unlabelled(str(where))
-    opened = cache(lambda: open_dataset(where, kept))
+
+    @cache
+    def opened() -> Dataset:
+        verify_shards(where)
+        return open_dataset(where, kept)
+
     says = ("", *SPLITS[1:])
     return Source(
         uri=str(where),

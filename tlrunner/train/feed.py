@@ -70,10 +70,14 @@ def settle_streaming(data: DataConfig, shards: str) -> DataConfig:
     """Decide what `streaming: auto` leaves open: shards in S3 that this node cannot keep."""
     if data.streaming != "auto":
         return data
+    streaming = "off" if fits(shards, node_cache(data)) else "on"
+    return data.model_copy(update={"streaming": streaming})
+
+
+def fits(shards: str, cache: NodeCache) -> bool:
+    """Whether shards are on this machine already, or can be kept here."""
     store = open_store(shards)
-    is_near = isinstance(store, LocalStore)
-    fits = is_near or load_manifest(store).num_bytes <= node_cache(data).limit
-    return data.model_copy(update={"streaming": "off" if fits else "on"})
+    return isinstance(store, LocalStore) or load_manifest(store).num_bytes <= cache.limit
 
 
 def settle_decoded_cache(

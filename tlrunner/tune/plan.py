@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tlrunner.config import ResourceConfig, TrialConfig
+from tlrunner.data.manifest import SPLITS, UNSPLIT
 from tlrunner.data.order import sample_ids, split_rows
-from tlrunner.data.sources import Source
+from tlrunner.data.source import Source
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.jobconfig import JobConfig, SearchConfig
 from tlrunner.model.classifier import describe
@@ -110,6 +111,7 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
     concurrent = _concurrent_trials(trials[0].config, job)
     out.print(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False), highlight=False)
     config = trials[0].config
+    given = [SPLITS.index(split or UNSPLIT) for split in source.splits]
     splits = split_rows(
         sample_ids(source.keys),
         np.asarray(source.labels),
@@ -117,6 +119,7 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
         test_fraction=config.data.test_fraction,
         limit=config.data.limit,
         class_names=source.class_names,
+        given_N=np.array(given) if given else None,
     )
     num_train, num_val = len(splits.train), len(splits.val)
     out.print(f"images: {num_train} train, {num_val} val, {len(splits.test)} test")
