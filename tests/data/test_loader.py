@@ -74,6 +74,15 @@ def test_pixels_do_not_depend_on_the_number_of_threads(
     assert same(one, many)
 
 
+@pytest.mark.parametrize("chunk", [2, 4, 64])
+def test_pixels_do_not_depend_on_how_work_is_cut(
+    small_dataset: Dataset, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    usual = loaded(small_dataset, preprocess, batch_size=45)
+    monkeypatch.setattr(loader, "_CHUNK", chunk)
+    assert same(usual, loaded(small_dataset, preprocess, batch_size=45))
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_ranks_together_load_the_batches_of_one(
     small_dataset: Dataset, preprocess: Preprocess, size: int
