@@ -19,7 +19,7 @@ from tlrunner.data.augment import (
     fitting_box,
     view_of,
 )
-from tlrunner.data.decode import Decoded, Encoded
+from tlrunner.data.decode import Decoded, Encoded, decode
 from tlrunner.data.order import uniforms
 from tlrunner.data.resize import resize_box, resize_crop, resize_fast
 
@@ -167,6 +167,18 @@ def test_a_view_of_decoded_pixels_is_that_of_their_file(preprocess: Preprocess) 
         outs = [np.zeros((32, 32, 3), np.uint8) for _ in range(2)]
         transform.render(Encoded(encoded(image, "PNG")), draws, outs[0])
         transform.render(Decoded(np.asarray(image)), draws, outs[1])
+        assert (outs[0] == outs[1]).all()
+
+
+def test_a_view_is_the_same_whether_its_jpeg_is_decoded_in_part_or_whole(
+    preprocess: Preprocess,
+) -> None:
+    data = encoded(picture(width=60, height=200))
+    transform = TrainTransform(AugmentConfig(), preprocess, seed=0)
+    for draws in transform.draws(np.arange(40, dtype=np.uint64), 0):
+        outs = [np.zeros((32, 32, 3), np.uint8) for _ in range(2)]
+        transform.render(Encoded(data), draws, outs[0])
+        transform.render(Decoded(decode(data)), draws, outs[1])
         assert (outs[0] == outs[1]).all()
 
 

@@ -13,10 +13,16 @@ from tlrunner.data.decode import (
     Decoded,
     Encoded,
     decode,
-    decode_for,
-    image_size,
     normalise,
 )
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    return Encoded(data).size_hw
+
+
+def decode_for(data: bytes, least_hw: tuple[int, int]) -> np.ndarray:
+    return Encoded(data).decode_for(least_hw)[0]
 
 
 def pixels_of(data: bytes) -> np.ndarray:
@@ -211,6 +217,15 @@ def test_the_header_is_read_past_padding_and_other_segments() -> None:
     padded = data[:2] + b"\xff\xff" + data[2:]
     assert image_size(padded) == image_size(data) == (40, 48)
     assert (decode(padded) == decode(data)).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_header_without_pixels_is_refused(kind: str) -> None:
+    data = bytearray(encoded(picture(), kind))
+    place = data.index(b"\xff\xc0") + 5 if kind == "JPEG" else 20
+    data[place : place + 4] = bytes(4)
+    with pytest.raises(BadImage, match="no pixels"):
+        Encoded(bytes(data))
 
 
 def test_decoded_pixels_are_given_as_they_are() -> None:

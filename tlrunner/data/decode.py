@@ -154,6 +154,8 @@ class Encoded:
             self.size_hw = int.from_bytes(height, "big"), int.from_bytes(width, "big")
         else:
             raise BadImage("unreadable", "neither JPEG nor PNG")
+        if not all(self.size_hw):
+            raise BadImage("unreadable", "a header that says the image has no pixels")
 
     def decode_for(
         self, least_hw: tuple[int, int], bottom: float | None = None
@@ -202,15 +204,6 @@ class Encoded:
         return pixels
 
 
-def image_size(data: bytes | memoryview) -> tuple[int, int]:
-    """(height, width) of stored bytes, from their header.
-
-    Raises:
-        BadImage: they are not what was once stored.
-    """
-    return Encoded(data).size_hw
-
-
 def decode(data: bytes | memoryview) -> Pixels:
     """Stored bytes -> all their pixels.
 
@@ -219,15 +212,6 @@ def decode(data: bytes | memoryview) -> Pixels:
     """
     picture = Encoded(data)
     return picture.decode_for(picture.size_hw)[0]
-
-
-def decode_for(data: bytes | memoryview, least_hw: tuple[int, int]) -> Pixels:
-    """Stored bytes -> pixels, at an eighth to a half of their size if they are large enough so.
-
-    Raises:
-        BadImage: they are not what was once stored.
-    """
-    return Encoded(data).decode_for(least_hw)[0]
 
 
 def _jpeg_header(data: bytes | memoryview) -> tuple[int, int, int | None]:
