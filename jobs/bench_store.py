@@ -32,7 +32,7 @@ from botocore.config import Config
 from rich.console import Console
 
 from tlrunner.cli import run_job
-from tlrunner.data.fetch import NUM_THREADS, download, open_store, ranges
+from tlrunner.data.fetch import download, num_threads, open_store, ranges
 from tlrunner.data.store import Part, Store
 from tlrunner.errors import ConfigError, StorageError
 from tlrunner.jobconfig import TrainJob
@@ -69,7 +69,7 @@ def _ways(
     store: Store, parent: str, name: str, parts: list[Part], path: Path
 ) -> dict[str, Callable[[], None]]:
     bucket, _, prefix = parent.removeprefix("s3://").partition("/")
-    client = boto3.client("s3", config=Config(max_pool_connections=NUM_THREADS))
+    client = boto3.client("s3", config=Config(max_pool_connections=num_threads()))
 
     def get(part: Part) -> bytes:
         wanted = f"bytes={part.start}-{part.start + part.num_bytes - 1}"
@@ -79,12 +79,12 @@ def _ways(
 
     def write_plainly() -> None:
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
+        with ThreadPoolExecutor(num_threads()) as pool:
             list(pool.map(lambda part: os.pwrite(file, get(part), part.start), parts))
         os.close(file)
 
     def read_plainly() -> None:
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
+        with ThreadPoolExecutor(num_threads()) as pool:
             list(pool.map(lambda part: len(get(part)), parts))
 
     known = [replace(part, sha256=hashlib.sha256(get(part)).hexdigest()) for part in parts]

@@ -29,7 +29,8 @@ class FaultProxy(ThreadingHTTPServer):
     """`with FaultProxy(endpoint, {"500": 0.1}) as proxy:` listens at `proxy.endpoint`.
 
     `rates`: share of the requests to spoil, by kind; may be changed while it runs. The first
-    `num_spared` are left alone. `injected` counts what was spoiled, `num_requests` everything.
+    `num_spared` are left alone. `injected` counts what was spoiled, `num_requests` everything;
+    `reads` has the path and range of each GET.
     """
 
     daemon_threads = True
@@ -44,6 +45,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.rates, self.num_spared = rates, num_spared
         self.injected: Counter[str] = Counter()
         self.num_requests = 0
+        self.reads: Counter[tuple[str, str]] = Counter()
         self.is_ending = Event()
         self._random = random.Random(seed)
         self._lock = Lock()
@@ -56,6 +58,10 @@ class FaultProxy(ThreadingHTTPServer):
                 return "", 0.0
             weights = [*self.rates.values(), max(0.0, 1 - sum(self.rates.values()))]
             return self._random.choices([*self.rates, ""], weights)[0], self._random.random()
+
+    def note(self, method: str, path: str, wanted: str) -> None:
+        with self._lock:
+            self.reads[path.rpartition("/")[2], wanted] += method == "GET"
 
     def count(self, kind: str) -> None:
         with self._lock:
@@ -88,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.note(self.command, self.path, self.headers.get("Range", ""))
         kind, where = self.server.draw()
         if kind in _CODES:
             self.server.count(kind)

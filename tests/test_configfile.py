@@ -281,3 +281,12 @@ def test_an_unknown_key_is_named_with_its_neighbours() -> None:
         get_value(TrialConfig(), "optim.lrr")
     with pytest.raises(ConfigError, match=r"unknown key 'optim.lr.x'"):
         get_value(TrialConfig(), "optim.lr.x")
+
+
+@pytest.mark.parametrize("key", ["data.uri", "output.uri", "backbone.weights"])
+def test_credentials_in_a_uri_are_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: a URI with credentials") as caught:
+        load(TrainJob, None, [f"{key}=s3://AKIA123:hush/hush@bucket/x"])
+    assert "hush" not in str(caught.value)
+    with pytest.raises(ConfigError, match=f"{key}: a URI with credentials"):
+        load(TrainJob, None, [f"{key}=s3://AKIA123:hush@bucket/x"])

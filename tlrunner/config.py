@@ -8,11 +8,25 @@ under `freeze.strategy: head`, `optim.momentum` under `optim.optimizer: adamw`. 
 until a variant that uses them is chosen, which fills in its default.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from tlrunner.uris import has_credentials
 
 CACHE_DIR = "~/.cache/tlrunner"
+
+
+def _without_credentials(uri: str) -> str:
+    if has_credentials(uri):
+        raise ValueError(
+            "a URI with credentials in it, which would be shown and stored; valid: "
+            "s3://BUCKET/..., with the credentials in the usual AWS variables or profile"
+        )
+    return uri
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)]
 
 
 class Section(BaseModel):
@@ -52,7 +66,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, and how they are split."""
 
-    uri: str = Field("sample:flowers", min_length=1)
+    uri: Uri = "sample:flowers"
     """`sample:flowers`, an ImageFolder directory, a CSV or JSONL list, Parquet files, or a
     directory or `s3://` prefix of shards with manifest.json."""
     image_size: int | None = Field(None, ge=16, le=2048)
@@ -102,7 +116,7 @@ class BackboneConfig(Section):
 
     name: str = Field("efficientnet_lite0", min_length=1)
     """A torchvision classification model, `timm/NAME`, or `efficientnet_lite0|1|2` (packaged)."""
-    weights: str = Field("default", min_length=1)
+    weights: Uri = "default"
     """`default`, `none`, a named set (`IMAGENET1K_V2`), or a file path or `s3://` URI."""
     weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 that a weights file or URI must have."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from tlrunner.config import CACHE_DIR, Section, TrialConfig
+from tlrunner.config import CACHE_DIR, Section, TrialConfig, Uri
 from tlrunner.files import canonical_json
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
@@ -18,7 +18,7 @@ DISTRIBUTION_KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
 class OutputConfig(Section):
     """Where results go: `uri`/`name`/."""
 
-    uri: str = Field("runs", min_length=1)
+    uri: Uri = "runs"
     """The directory that holds runs."""
     name: str | None = Field(None, pattern=NAME_PATTERN)
     """Name of the run. None: the job's name, the date and a number."""
@@ -151,7 +151,7 @@ class JobConfig(TrainJob):
 class PrepareSource(Section):
     """Which images to write as shards."""
 
-    uri: str = Field("sample:flowers", min_length=1)
+    uri: Uri = "sample:flowers"
     """`sample:flowers`, an ImageFolder directory, a flat directory of unlabelled images, a CSV or
     JSONL list, Parquet files, or a directory or `s3://` prefix of shards."""
     limit: int | None = Field(None, ge=4)

@@ -14,7 +14,6 @@ from tlrunner.errors import StorageError
 from tlrunner.files import sha256_file, write_with
 
 RANGE_BYTES = 8 << 20
-NUM_THREADS = 16  # requests under way at once, for one file
 _PLACES = "a path, file://PATH or s3://BUCKET/KEY"
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -43,13 +42,18 @@ def download(store: Store, name: str, path: Path, parts: Iterable[Part]) -> None
     def one(part: Part) -> None:
         _write_at(descriptor, store.read(name, part), part.start)
 
-    pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tlrunner-fetch")
+    pool = ThreadPoolExecutor(num_threads(), thread_name_prefix="tlrunner-fetch")
     try:
         for _ in pool.map(one, parts):
             pass
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         os.close(descriptor)
+
+
+def num_threads() -> int:
+    """Requests under way at once, for one file: enough to hide latency, no more than CPUs serve."""
+    return min(32, 4 * (os.cpu_count() or 2))
 
 
 def ranges(num_bytes: int) -> list[Part]:

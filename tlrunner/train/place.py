@@ -103,9 +103,10 @@ class Place:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        download(self.store, name, target, ranges(num_bytes))
-        if not num_bytes:
-            target.touch()
+        try:
+            download(self.store, name, target, ranges(num_bytes))
+        except FileNotFoundError as err:
+            raise StorageError(f"{self}/{name} was removed while it was being fetched") from err
 
 
 def working_copy(uri: str, cache_dir: str | Path) -> Path:
