@@ -2,8 +2,9 @@
 
 Writing: `normalise` turns whatever a user has into plain JPEG or PNG, or raises `BadImage`.
 Reading: a `Picture` gives those stored bytes' pixels, which are everywhere (height, width, 3) uint8
-RGB, and no more of them than a view needs. A plain JPEG is kept byte for byte; all else that can be
-read is stored losslessly as PNG. Colour profiles are ignored, as when backbones are pretrained.
+RGB, and no more of them than a view needs. A plain JPEG is kept byte for byte, one that had to be
+turned or converted is encoded anew; all else that can be read is stored losslessly as PNG. (A photo
+as PNG takes ten times the bytes and the time.) Colour profiles are ignored, as in pretraining.
 """
 
 import io
@@ -25,6 +26,7 @@ _JPEG_SIGNATURE = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # with Huffman codes
 MIN_SIDE, MAX_ASPECT = 8, 50
+_JPEG_FORMATS = ("JPEG", "MPO")
 
 
 class BadImage(Exception):  # noqa: N818  (a finding about the data, counted and reported)
@@ -60,7 +62,7 @@ def normalise(data: bytes, max_pixels: int = 50_000_000) -> StoredImage:
         # Pillow raises whatever its parsers meet: SyntaxError, struct.error, zlib.error and more
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image.size, max_pixels)
-            if image.format not in ("JPEG", "MPO"):
+            if image.format not in _JPEG_FORMATS:
                 image.load()  # asked for the EXIF of a PNG, Pillow loads it and forgets the error
             data = bare(data)
             upright = _orientation(image) == 1
@@ -75,7 +77,10 @@ def normalise(data: bytes, max_pixels: int = 50_000_000) -> StoredImage:
     except Exception as err:
         raise _bad(err) from err
     height, width = pixels.shape[:2]
-    return StoredImage(data if keep else encode_png(pixels), width, height)
+    if keep:
+        return StoredImage(data, width, height)
+    was_jpeg = image.format in _JPEG_FORMATS
+    return StoredImage(encode_jpeg(pixels) if was_jpeg else encode_png(pixels), width, height)
 
 
 def upright_rgb(image: Image.Image) -> Pixels:
@@ -86,6 +91,11 @@ def upright_rgb(image: Image.Image) -> Pixels:
     """
     image.load()  # before asking for the orientation: Pillow turns a TIFF as it loads it
     return np.ascontiguousarray(_turned(_rgb(image), _orientation(image)))
+
+
+def encode_jpeg(pixels: Pixels) -> bytes:
+    """(height, width, 3) RGB -> JPEG bytes of quality 95, with full colour resolution."""
+    return bytes(simplejpeg.encode_jpeg(pixels, 95, colorsubsampling="444"))
 
 
 def encode_png(pixels: Pixels) -> bytes:
@@ -287,7 +297,7 @@ def _is_plain_jpeg(image: Image.Image, data: bytes) -> bool:
         simplejpeg.decode_jpeg_header(data)
     except ValueError:  # a legal but rare subsampling, which only Pillow reads
         return False
-    return image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    return image.format in _JPEG_FORMATS and image.mode in ("RGB", "L")
 
 
 def _is_plain_png(image: Image.Image) -> bool:

@@ -3,9 +3,7 @@
 import cv2
 import simplejpeg
 
-from tlrunner.data.decode import Encoded, StoredImage, encode_png
-
-QUALITY = 95
+from tlrunner.data.decode import Encoded, StoredImage, encode_jpeg, encode_png
 
 
 def shrunk(image: StoredImage, max_side: int | None) -> StoredImage:
@@ -23,9 +21,4 @@ def shrunk(image: StoredImage, max_side: int | None) -> StoredImage:
     pixels, _ = Encoded(image.data).decode_for((height, width))
     pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     is_jpeg = simplejpeg.is_jpeg(image.data)
-    data = (
-        simplejpeg.encode_jpeg(pixels, QUALITY, colorsubsampling="444")
-        if is_jpeg
-        else encode_png(pixels)
-    )
-    return StoredImage(data, width, height)
+    return StoredImage(encode_jpeg(pixels) if is_jpeg else encode_png(pixels), width, height)
