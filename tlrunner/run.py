@@ -35,6 +35,7 @@ from tlrunner.tune.space import PlannedTrial
 from tlrunner.uris import absolute, is_weights_file
 
 log = logging.getLogger("tlrunner")
+LOG_NAME = "log.txt"
 AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
 AnyJob = TypeVar("AnyJob", bound=TrainJob)
 
@@ -223,6 +224,8 @@ def _begun(
 
 
 def _finish(run: RunDir, images: Dataset, started: float, out: Console, interrupted: bool) -> int:
+    if (run.path / LOG_NAME).exists():
+        run.place.save(run.path / LOG_NAME)
     summary = finish_run(run, images.manifest, time.monotonic() - started, interrupted=interrupted)
     if interrupted:
         raise InterruptedRun(
@@ -243,6 +246,6 @@ def _show_finished(run: RunDir, out: Console) -> int:
 
 def _log_to(run: RunDir) -> None:
     """From here on the run's directory keeps what the terminal shows no more than a line of."""
-    handler = logging.FileHandler(run.path / "log.txt", delay=True)
+    handler = logging.FileHandler(run.path / LOG_NAME, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

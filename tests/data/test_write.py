@@ -65,7 +65,7 @@ def test_blocks_are_the_row_groups_and_the_footer(folder: Path, tmp_path: Path) 
         pieces = [content[b.start : b.start + b.num_bytes] for b in shard.blocks]
         assert b"".join(pieces) == content
         assert [sha256(piece).hexdigest() for piece in pieces] == [b.sha256 for b in shard.blocks]
-        index = load_index(tmp_path / "shards" / shard.index_path, shard.num_rows, len(content))
+        index = load_index(tmp_path / "shards" / shard.index_path, shard)
         ends = np.cumsum([block.num_bytes for block in shard.blocks])
         first = np.searchsorted(ends, index["offset"], side="right")
         last = np.searchsorted(ends, index["offset"] + index["length"] - 1, side="right")

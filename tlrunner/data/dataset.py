@@ -18,10 +18,10 @@ from tlrunner.data.cache import NodeCache
 from tlrunner.data.decode import Decoded, Encoded, Picture
 from tlrunner.data.decoded import DecodedCache
 from tlrunner.data.fetch import download, open_store
-from tlrunner.data.index import Index, build_index, load_index
+from tlrunner.data.index import Index, build_index, load_index, parse_index
 from tlrunner.data.manifest import MANIFEST_NAME, SPLITS, Manifest, Shard, parse_manifest
 from tlrunner.data.order import Ids, Rows
-from tlrunner.data.shards import LocalShards, Shards, StreamedShards, absent
+from tlrunner.data.shards import LocalShards, Shards, StreamedShards, absent, read_part
 from tlrunner.data.store import LocalStore, Part, Store
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_file
@@ -120,7 +120,7 @@ def open_dataset(
     """Open the shards in a directory or below an S3 prefix.
 
     Args:
-        cache: where those in S3 are kept; needed for S3 alone.
+        cache: where those in S3 are kept; needed for S3 alone, unless they are streamed.
         streamed: read row groups when they are needed, and keep none.
 
     Raises:
@@ -130,7 +130,7 @@ def open_dataset(
     store = open_store(str(where))
     manifest = load_manifest(store)
     try:
-        indices = [_index(store, shard, cache) for shard in manifest.shards]
+        indices = [_index(store, shard, None if streamed else cache) for shard in manifest.shards]
         shards = (
             StreamedShards(store, manifest, WINDOW)
             if streamed
@@ -191,19 +191,21 @@ def broken(uri: str, why: str) -> DataError:
 
 
 def _index(store: Store, shard: Shard, cache: NodeCache | None) -> Index:
+    """The index of a shard: mapped from its file here or in the cache, else read into memory."""
+    whole = Part(0, shard.index_bytes, shard.index_sha256)
     if isinstance(store, LocalStore):
         path = store.path(shard.index_path)
         if not path.is_file():
             return build_index(store.path(shard.path))
         if sha256_file(path) != shard.index_sha256:
             raise broken(store.uri, f"{path.name} is not the index that was written")
-    else:
-        whole = Part(0, shard.index_bytes, shard.index_sha256)
-        assert cache is not None, "shards that are not on this machine need a cache"
-        name = f"{shard.index_sha256}.index.npy"
-        os.close(_cached(store, shard.index_path, [whole], cache, name))
-        path = cache.directory / name
-    return load_index(path, shard.num_rows, shard.num_bytes)
+        return load_index(path, shard)
+    if cache is None:
+        content = read_part(store, shard.index_path, whole)
+        return parse_index(content, shard)
+    name = f"{shard.index_sha256}.index.npy"
+    os.close(_cached(store, shard.index_path, [whole], cache, name))
+    return load_index(cache.directory / name, shard)
 
 
 def _on_this_node(store: Store, manifest: Manifest, cache: NodeCache | None) -> LocalShards:

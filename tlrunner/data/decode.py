@@ -83,6 +83,12 @@ def normalise(data: bytes, max_pixels: int = 50_000_000) -> StoredImage:
     return StoredImage(encode_jpeg(pixels) if was_jpeg else encode_png(pixels), width, height)
 
 
+def is_encoded_anew(image: Image.Image) -> bool:
+    """Whether `normalise` stores a file of Pillow's as another JPEG than it is."""
+    is_plain = image.mode in ("RGB", "L") and _orientation(image) == 1
+    return image.format in _JPEG_FORMATS and not is_plain
+
+
 def upright_rgb(image: Image.Image) -> Pixels:
     """An image of Pillow -> its pixels: turned as EXIF says, on white, 16 bits scaled to 8.
 

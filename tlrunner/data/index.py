@@ -7,6 +7,7 @@ and `length` of the image in bytes, its `width` and `height` in pixels, its `lab
 proves that it can be read.
 """
 
+import io
 import mmap
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tlrunner.data.manifest import SPLITS, UNSPLIT
+from tlrunner.data.manifest import SPLITS, UNSPLIT, Shard
 from tlrunner.data.order import sample_ids
 from tlrunner.errors import DataError
 from tlrunner.files import write_with
@@ -82,20 +83,34 @@ def write_index(shard: Path, index: Index) -> None:
     write_with(index_path(shard), save)
 
 
-def load_index(path: Path, num_rows: int, shard_bytes: int) -> Index:
+def load_index(path: Path, shard: Shard) -> Index:
     """The index of a shard, mapped into memory.
 
     Raises:
-        DataError: the index does not belong to a shard of so many rows and bytes.
+        DataError: the index does not belong to the shard.
     """
     try:
         index: Index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as err:
-        raise _wrong_index(path, str(err)) from err
-    if index.dtype != INDEX_DTYPE or index.shape != (num_rows,):
-        raise _wrong_index(path, f"{index.shape} of {index.dtype}, {num_rows} rows expected")
-    if num_rows and int((index["offset"] + index["length"]).max()) > shard_bytes:
-        raise _wrong_index(path, "it points past the end of the shard")
+        raise _wrong_index(str(path), str(err)) from err
+    return _checked(index, shard)
+
+
+def parse_index(content: bytes, shard: Shard) -> Index:
+    """The index of a shard from its file's bytes; raises as `load_index` does."""
+    try:
+        index: Index = np.load(io.BytesIO(content), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as err:
+        raise _wrong_index(shard.index_path, str(err)) from err
+    return _checked(index, shard)
+
+
+def _checked(index: Index, shard: Shard) -> Index:
+    if index.dtype != INDEX_DTYPE or index.shape != (shard.num_rows,):
+        found = f"{index.shape} of {index.dtype}, {shard.num_rows} rows expected"
+        raise _wrong_index(shard.index_path, found)
+    if len(index) and int((index["offset"] + index["length"]).max()) > shard.num_bytes:
+        raise _wrong_index(shard.index_path, "it points past the end of the shard")
     return index
 
 
@@ -123,7 +138,7 @@ def locate(content: Any, images: list[pa.Buffer], start: int, shard: Path) -> li
     return offsets
 
 
-def _wrong_index(path: Path, why: str) -> DataError:
+def _wrong_index(where: str, why: str) -> DataError:
     return DataError(
-        f"{path} is not the index of its shard: {why}", "", "delete it, it is built again"
+        f"{where} is not the index of its shard: {why}", "", "prepare the images again"
     )

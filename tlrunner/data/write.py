@@ -270,7 +270,7 @@ def _normalised(source: Source, order: list[int], settings: WriteSettings) -> It
             data = source.read(i)
             return i, shrunk(normalise(data, settings.max_pixels), settings.max_side)
         except (BadImage, OSError) as err:
-            reason = str(err) if isinstance(err, BadImage) else f"unreadable: {err.strerror}"
+            reason = str(err) if isinstance(err, BadImage) else f"unreadable: {err.strerror or err}"
             digest = hashlib.sha256(data).hexdigest()
             facts = {"source": source.uri, "key": source.keys[i]}
             return i, facts | {"reason": reason, "sha256": digest}

@@ -21,7 +21,15 @@ from torch import Tensor
 from tlrunner.config import CACHE_DIR, Preprocess, TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.data.augment import EvalTransform
-from tlrunner.data.decode import Decoded, Encoded, Picture, normalise, upright_rgb
+from tlrunner.data.decode import (
+    Decoded,
+    Encoded,
+    Picture,
+    encode_jpeg,
+    is_encoded_anew,
+    normalise,
+    upright_rgb,
+)
 from tlrunner.data.manifest import Manifest
 from tlrunner.errors import StorageError
 from tlrunner.files import read_json, write_json
@@ -142,5 +150,6 @@ def _picture(image: Any) -> Picture:
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return Decoded(upright_rgb(image))
+        is_anew, pixels_HWC = is_encoded_anew(image), upright_rgb(image)
+        return Encoded(encode_jpeg(pixels_HWC)) if is_anew else Decoded(pixels_HWC)
     return Encoded(normalise(image).data)

@@ -90,7 +90,9 @@ def settle_decoded_cache(
     different = {repr(preprocess): preprocess for preprocess in preprocesses}.values()
     larger = [preprocess for preprocess in different if median > short_side(preprocess)]
     wanted = sum(_kept(dataset, splits, preprocess).num_bytes for preprocess in larger)
-    room = min(node_cache(data).limit, memory_bytes() // 2)
+    is_near = isinstance(open_store(dataset.uri), LocalStore)
+    shard_bytes = 0 if is_near else dataset.manifest.num_bytes  # which take their room as well
+    room = min(node_cache(data).limit - shard_bytes, memory_bytes() // 2)
     is_on = data.streaming != "on" and 0 < wanted <= room
     return data.model_copy(update={"decoded_cache": "on" if is_on else "off"})
 

@@ -87,7 +87,7 @@ def run_trial(
                 record.end("diverged", str(err))
             return TrialResult("diverged", best, str(err))
         if best is None or finished.val_acc > best.val_acc:
-            best = finished = _keep(record, loop, finished, feed.num_steps * (epoch + 1))
+            best = finished = _keep(record, loop, feed, finished)
         if record:
             record.append(finished)
             if finished is best:  # recorded as such, so the one it replaces can go
@@ -185,11 +185,17 @@ def _run_epoch(loop: Loop, feed: Feed, epoch: int, started: float) -> EpochRepor
     )
 
 
-def _keep(record: TrialDir | None, loop: Loop, report: EpochReport, step: int) -> EpochReport:
+def _keep(record: TrialDir | None, loop: Loop, feed: Feed, report: EpochReport) -> EpochReport:
     """Commit the checkpoint of a new best epoch."""
     if record is None:
         return report
-    state = {"epoch": report.epoch, "val_acc": report.val_acc, "val_loss": report.val_loss}
+    state = {
+        "epoch": report.epoch,
+        "val_acc": report.val_acc,
+        "val_loss": report.val_loss,
+        "data_sha256": feed.dataset.manifest.sha256,
+    }
+    step = feed.num_steps * report.epoch
     directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state)
     record.keep(directory)
     return replace(report, checkpoint=directory.name)
