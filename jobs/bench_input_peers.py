@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
+import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset
 from torchvision import transforms
@@ -38,6 +39,7 @@ from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
 from tlrunner.data.write import write_shards
 from tlrunner.train.feed import use_decoded_cache
+from tlrunner.train.loop import ModelInput
 from tlrunner.train.trial import keep_freed_memory
 
 BATCH_SIZE, SIDE, NUM_PARTS = 64, 224, 4
@@ -95,6 +97,10 @@ def decode_limit(root: Path, cores: int) -> Iterator[int]:
 
 
 def tlrunner(root: Path, cores: int, is_decoded: bool = False) -> Iterator[int]:
+    return map(len, tlrunner_images(root, cores, is_decoded))
+
+
+def tlrunner_images(root: Path, cores: int, is_decoded: bool = False) -> Iterator[torch.Tensor]:
     keep_freed_memory()  # as a trial does
     dataset = open_dataset(root / "shards")
     every, none = np.arange(len(dataset)), np.empty(0, np.int64)
@@ -113,16 +119,25 @@ def tlrunner(root: Path, cores: int, is_decoded: bool = False) -> Iterator[int]:
             world=World(),
             num_threads=cores,
         ):
-            yield len(batch.images_BHWC)
+            yield batch.images_BHWC
 
 
 def tlrunner_decoded(root: Path, cores: int) -> Iterator[int]:
     return tlrunner(root, cores, is_decoded=True)
 
 
-def image_folder(root: Path, cores: int) -> Iterator[int]:
-    """What most people use."""
-    folder = ImageFolder(str(root / "folder"), transform=pil_transform())
+def tlrunner_float(root: Path, cores: int) -> Iterator[int]:
+    """Normalised as well, in the thread that would train."""
+    model_input = ModelInput(PREPROCESS, torch.device("cpu"))
+    for images_BHWC in tlrunner_images(root, cores):
+        yield len(model_input(images_BHWC))
+
+
+def image_folder(root: Path, cores: int, is_float: bool = False) -> Iterator[int]:
+    """What most people use; normalised as well where `is_float`."""
+    steps = [transforms.ToTensor(), transforms.Normalize(PREPROCESS.mean, PREPROCESS.std)]
+    transform = transforms.Compose([*crop(), *steps]) if is_float else pil_transform()
+    folder = ImageFolder(str(root / "folder"), transform=transform)
     images = ConcatDataset([folder] * REPEATS)
     return _sizes(DataLoader(images, BATCH_SIZE, shuffle=True, **_workers(cores)))
 
@@ -181,9 +196,12 @@ def ray_data(root: Path, cores: int, view: View) -> Iterator[int]:
             yield len(batch["image"])
 
 
+def crop() -> list[Any]:
+    return [transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip()]
+
+
 def pil_transform() -> transforms.Compose:
-    steps = [transforms.RandomResizedCrop(SIDE), transforms.RandomHorizontalFlip()]
-    return transforms.Compose([*steps, transforms.PILToTensor()])
+    return transforms.Compose([*crop(), transforms.PILToTensor()])
 
 
 def pil_view(data: bytes) -> np.ndarray:
@@ -245,7 +263,9 @@ PEERS: dict[str, Peer] = {
     "tlrunner": tlrunner,
     "tlrunner, decoded cache, 1 thread": lambda root, cores: tlrunner_decoded(root, 1),
     "tlrunner, decoded cache": tlrunner_decoded,
+    "tlrunner, float32": tlrunner_float,
     FOLDER: image_folder,
+    "ImageFolder, PIL, float32": lambda root, cores: image_folder(root, cores, is_float=True),
     **{f"{name}, PIL": _with(pil_view, reader) for name, (_, reader) in _CONTAINERS.items()},
     **{f"{name}, cv2": _with(cv2_view, reader) for name, (_, reader) in _CONTAINERS.items()},
 }
