@@ -23,7 +23,7 @@ a set; two cores unless "1 thread" is said. Medians, of decoding alone on one co
     webdataset, cv2                0.72                     0.60      1.36      2.13
     litdata, cv2                   0.79                     0.82      1.43
     Hugging Face streaming, cv2    0.70                     0.76      1.09
-    Ray Data, cv2                                           0.05      0.07
+    Ray Data, cv2                                                     0.07 (at 63 KiB)
 
 Tried, and did not help: decoding into a buffer that is kept (no difference); 5 to 7 eighths of a
 JPEG's size (slower than all of it); OpenCV's area average (4 times slower than a blur before a
