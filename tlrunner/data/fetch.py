@@ -42,7 +42,8 @@ def download(store: Store, name: str, path: Path, parts: Iterable[Part]) -> None
     def one(part: Part) -> None:
         _write_at(descriptor, store.read(name, part), part.start)
 
-    pool = ThreadPoolExecutor(num_threads(), thread_name_prefix="tlrunner-fetch")
+    num_checking = os.cpu_count() or 2  # threads whose connection rests while they hash and write
+    pool = ThreadPoolExecutor(num_threads() + num_checking, thread_name_prefix="tlrunner-fetch")
     try:
         for _ in pool.map(one, parts):
             pass
