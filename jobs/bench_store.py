@@ -2,19 +2,20 @@
 
     python jobs/bench_store.py --data s3://BUCKET/KEY        (with the usual AWS_* variables)
 
-All read the object in ranges of 8 MiB, by four threads a CPU, in turns. The plain peers use a client
-of boto3 as it is and repeat nothing: one writes each range to its place in a file, as tlrunner does,
-the other throws it away. tlrunner is measured without digests and with a SHA-256 known for each
-range, as a manifest gives it. The file is written to `data.cache_dir`: take a directory in memory,
-lest a disk decides. Prints medians of MB/s, and of the ratios within each round.
+All read the object in ranges of 8 MiB, by four threads a CPU, in turns. The plain peers use a
+client of boto3 as it is and repeat nothing: one writes each range to its place in a file, as
+tlrunner does, the other throws it away. tlrunner is measured without digests and with a SHA-256
+known for each range, as a manifest gives it. The file is written to `data.cache_dir`: take a
+directory in memory, lest a disk decides. Prints medians of MB/s, and of the ratios within each
+round.
 
 Measured on 2 CPU cores that also ran the server, 256 MiB, 30 ms of latency and 90 MB/s a
 connection, twice 15 rounds of 40 s in all: 1.04 times the speed of plain boto3 that writes (about
 510 MB/s); with digests 0.92 and 0.93 times. SHA-256 costs 0.7 s of a core for each GB, and here no
 core is idle. What helped: a thread more for each CPU, since those that hash leave their connection
-idle (from 0.89). Tried and did not help: reading in blocks of 64 KiB to 1 MiB and hashing each while
-it is in the CPU's cache takes as many CPU seconds. With 16 connections on the 2 cores it was 0.64 to
-0.77: more came in than they could take.
+idle (from 0.89). Tried and did not help: reading in blocks of 64 KiB to 1 MiB and hashing each
+while it is in the CPU's cache takes as many CPU seconds. With 16 connections on the 2 cores it was
+0.64 to 0.77: more came in than they could take.
 """
 
 import hashlib
