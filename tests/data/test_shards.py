@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import image_folder
+from pictures import encoded, image_folder, picture
 
 from tlrunner.config import AugmentConfig, Preprocess
 from tlrunner.data import dataset as dataset_module
 from tlrunner.data import shardfile, write
 from tlrunner.data.augment import TrainTransform
-from tlrunner.data.dataset import open_dataset
+from tlrunner.data.dataset import Dataset, StoredImages, open_dataset
 from tlrunner.data.loader import eval_batches, train_batches
 from tlrunner.data.order import window_order
 from tlrunner.data.shards import StreamedShards
@@ -176,3 +176,38 @@ def test_evaluation_streams_in_the_order_of_the_files(shards: Path, preprocess: 
         )
         pixels.append(np.concatenate([batch.images_BHWC.numpy() for batch in batches]))
     assert (pixels[0] == pixels[1]).all()
+
+
+@pytest.mark.parametrize("fault", ["absent shards", "a damaged image", "left early"])
+def test_no_thread_waits_for_groups_that_will_not_be_read(
+    shards: Path, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(dataset_module, "WINDOW", 1)  # so that look-ahead goes beyond it
+    dataset = open_dataset(shards, streamed=True)
+    transform = TrainTransform(AugmentConfig(), preprocess, 0)
+    if fault == "absent shards":
+        for path in shards.glob("*.parquet"):
+            path.unlink()
+    if fault == "a damaged image":
+        monkeypatch.setattr(type(dataset), "image_bytes", _damaged_but_read)
+    batches = train_batches(
+        dataset,
+        np.arange(len(dataset)),
+        transform,
+        seed=0,
+        epoch=0,
+        batch_size=16,
+        world=World(),
+        num_threads=6,
+    )
+    if fault == "left early":
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        return
+    with pytest.raises(DataError):
+        list(batches)
+
+
+def _damaged_but_read(dataset: Dataset, row: int) -> bytes:
+    StoredImages.read(dataset.images, row)
+    return b"no image" if row % 7 == 3 else encoded(picture())

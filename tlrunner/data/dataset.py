@@ -5,6 +5,7 @@ they are; those in S3 are fetched into the node's cache once for all of its tria
 where the cache is too small for them.
 """
 
+import io
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,7 +22,7 @@ from tlrunner.data.fetch import download, open_store
 from tlrunner.data.index import Index, build_index, load_index, parse_index
 from tlrunner.data.manifest import MANIFEST_NAME, SPLITS, Manifest, Shard, parse_manifest
 from tlrunner.data.order import Ids, Rows
-from tlrunner.data.shards import LocalShards, Shards, StreamedShards, absent, read_part
+from tlrunner.data.shards import LocalShards, ShardReader, Shards, StreamedShards, absent, read_part
 from tlrunner.data.store import LocalStore, Part, Store
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_file
@@ -47,12 +48,11 @@ class Dataset:
         self, uri: str, manifest: Manifest, indices: Sequence[Index], shards: Shards
     ) -> None:
         self.uri, self.manifest, self.shards = uri, manifest, shards
-        self.directory = uri
         self.decoded: DecodedCache | None = None
         self.class_names = manifest.class_names
         self.window = shards.window if isinstance(shards, StreamedShards) else None
+        self.images = StoredImages(indices, shards)
         self._indices = indices
-        self._starts = np.cumsum([0, *(len(index) for index in indices)])
         self.ids_N: Ids = _column([index["id"] for index in indices], np.uint64)
         self.labels_N: Rows = _column([index["label"] for index in indices], np.int64)
         self.splits_N: Rows = _column([index["split"] for index in indices], np.int64)
@@ -68,9 +68,7 @@ class Dataset:
         Raises:
             DataError, StorageError: the shard changed, or cannot be read any more.
         """
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        record = self._indices[shard][row - self._starts[shard]]
-        return self.shards.read(shard, int(record["offset"]), int(record["length"]))
+        return self.images.read(row)
 
     def picture(self, row: int) -> Picture:
         """A row's image, to be rendered.
@@ -93,6 +91,10 @@ class Dataset:
         if self.window is not None:
             self.shards.plan(self.groups_N[rows_R])
 
+    def stop(self) -> None:
+        """What was planned will not be read any further."""
+        self.shards.stop()
+
     def check_unchanged(self) -> None:
         """Raise DataError if a shard is not the file any more that was opened."""
         self.shards.check_unchanged()
@@ -103,12 +105,26 @@ class Dataset:
         keys: list[str] = []
         for number, shard in enumerate(self.manifest.shards):
             try:
-                with self.shards.open(number) as file:
-                    table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
+                raw = ShardReader(self.shards, number, shard.num_bytes)
+                file = io.BufferedReader(raw, 1 << 20)
+                table = pq.read_table(file, columns=["key"], page_checksum_verification=True)
                 keys += table["key"].to_pylist()
             except (OSError, UnicodeError, pa.ArrowException) as err:
                 raise broken(self.uri, f"{shard.path}: {err}") from err
         return keys
+
+
+class StoredImages:
+    """Where the rows' images lie, and how to read one. Any number of threads may."""
+
+    def __init__(self, indices: Sequence[Index], shards: Shards) -> None:
+        self._indices, self._shards = indices, shards
+        self._starts = np.cumsum([0, *(len(index) for index in indices)])
+
+    def read(self, row: int) -> bytes:
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        record = self._indices[shard][row - self._starts[shard]]
+        return self._shards.read(shard, int(record["offset"]), int(record["length"]))
 
 
 _SIDES = ("height", "width")
@@ -185,9 +201,7 @@ def verify_shards(where: str | Path) -> Manifest:
 
 
 def broken(uri: str, why: str) -> DataError:
-    return DataError(
-        f"the shards in {uri} are broken: {why}", "", "delete them, prepare the images again"
-    )
+    return DataError(f"the shards in {uri} are broken: {why}", "", "prepare the images again")
 
 
 def _index(store: Store, shard: Shard, cache: NodeCache | None) -> Index:
@@ -204,8 +218,11 @@ def _index(store: Store, shard: Shard, cache: NodeCache | None) -> Index:
         content = read_part(store, shard.index_path, whole)
         return parse_index(content, shard)
     name = f"{shard.index_sha256}.index.npy"
-    os.close(_cached(store, shard.index_path, [whole], cache, name))
-    return load_index(cache.directory / name, shard)
+    held = _cached(store, shard.index_path, [whole], cache, name)
+    try:
+        return load_index(cache.directory / name, shard)  # mapped, so it may be evicted afterwards
+    finally:
+        os.close(held)
 
 
 def _on_this_node(store: Store, manifest: Manifest, cache: NodeCache | None) -> LocalShards:

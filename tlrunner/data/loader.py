@@ -196,9 +196,21 @@ def _batches(
                 part = slice(start, min(start + _CHUNK, len(rows_B)))
                 yield _Chunk(batch, rows_B[part], part, is_last=part.stop == len(rows_B))
 
-    for chunk in map_ahead(fill, chunks(), num_threads, ahead):
-        if chunk.is_last:
-            yield chunk.batch
+    def fill_or_stop(chunk: _Chunk) -> _Chunk:
+        try:
+            return fill(chunk)
+        except BaseException:
+            dataset.stop()  # its other rows are never read, and other threads may wait for that
+            raise
+
+    filled = map_ahead(fill_or_stop, chunks(), num_threads, ahead)
+    try:
+        for chunk in filled:
+            if chunk.is_last:
+                yield chunk.batch
+    finally:
+        dataset.stop()
+        filled.close()
 
 
 def _chunks_ahead(shares: Sequence[_Share], size: int, num_threads: int) -> int:
@@ -242,7 +254,7 @@ def _empty_batch(
 def _damaged(dataset: Dataset, row: int, err: BadImage) -> DataError:
     """Say which image of which data set could not be decoded."""
     return DataError(
-        f"image {dataset.keys[row]} in {dataset.directory} cannot be decoded any more ({err})",
+        f"image {dataset.keys[row]} in {dataset.uri} cannot be decoded any more ({err})",
         "",
-        "the shards are damaged: delete the directory, prepare again",
+        "the shards are damaged: prepare the images again",
     )

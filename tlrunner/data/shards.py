@@ -11,14 +11,14 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from tlrunner.data.manifest import Manifest, Shard
+from tlrunner.data.manifest import Block, Manifest, Shard
 from tlrunner.data.order import Rows
-from tlrunner.data.store import Part, Store
-from tlrunner.errors import DataError
+from tlrunner.data.store import Part, Store, unreachable
+from tlrunner.errors import DataError, StorageError
 
 FETCH_THREADS = 8
 
@@ -26,14 +26,24 @@ FETCH_THREADS = 8
 class Shards(Protocol):
     """Shards by number, in the manifest's order."""
 
-    def read(self, shard: int, start: int, num_bytes: int) -> bytes: ...
+    def read(self, shard: int, start: int, num_bytes: int) -> bytes:
+        """Bytes of a shard.
 
-    def open(self, shard: int) -> IO[bytes]:
-        """A shard as a file, for Parquet's own reader."""
+        Raises:
+            DataError, StorageError: it changed, is gone, or cannot be read.
+        """
+        ...
+
+    def peek(self, shard: int, start: int, num_bytes: int) -> bytes:
+        """Likewise, for a reader that checks what it gets; no more than asked for is read."""
         ...
 
     def plan(self, groups_R: Rows) -> None:
         """Announce the row group of each row that will be read next, in order."""
+        ...
+
+    def stop(self) -> None:
+        """What was planned will not be read any further; who waits for it waits no more."""
         ...
 
     def check_unchanged(self) -> None:
@@ -61,16 +71,22 @@ class LocalShards:
             os.close(descriptor)
 
     def read(self, shard: int, start: int, num_bytes: int) -> bytes:
-        content = os.pread(self._descriptors[shard], num_bytes, start)
+        path = self.paths[shard]
+        try:
+            content = os.pread(self._descriptors[shard], num_bytes, start)
+        except OSError as err:
+            raise unreachable(str(path), err.strerror or str(err)) from err
         if len(content) != num_bytes:
-            raise _changed(self.paths[shard])
+            raise _changed(path)
         return content
 
-    def open(self, shard: int) -> IO[bytes]:
-        return os.fdopen(os.dup(self._descriptors[shard]), "rb")
+    peek = read
 
     def plan(self, groups_R: Rows) -> None:
         pass  # the system reads ahead
+
+    def stop(self) -> None:
+        pass
 
     def check_unchanged(self) -> None:
         for path, facts in zip(self._watched, self._facts, strict=False):
@@ -99,6 +115,9 @@ class StreamedShards:
         self._reads_left: Counter[int] = Counter()
         self._held: dict[int, Future[bytes]] = {}
 
+    def __del__(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def group_of(self, shard: int, starts_R: np.ndarray) -> Rows:
         """Group numbers, unique over the data set, of places in a shard."""
         inside = np.searchsorted(self._starts[shard], starts_R, side="right") - 1
@@ -106,33 +125,51 @@ class StreamedShards:
 
     def plan(self, groups_R: Rows) -> None:
         groups = groups_R.tolist()
+        self.stop()
         with self._changed:
-            for future in self._held.values():
-                future.cancel()
-            self._held.clear()
             self._reads_left = Counter(groups)
             self._waiting = deque(dict.fromkeys(groups))
             self._fetch_ahead()
 
+    def stop(self) -> None:
+        with self._changed:
+            for future in self._held.values():
+                future.cancel()
+            self._held.clear()
+            self._reads_left.clear()
+            self._waiting.clear()
+            self._changed.notify_all()
+
     def read(self, shard: int, start: int, num_bytes: int) -> bytes:
         group = int(self.group_of(shard, np.array([start]))[0])
-        with self._changed:
-            if group not in self._reads_left:  # not planned
-                content = self._fetch(group)
-                return self._cut(content, group, start, num_bytes)
-            # Its turn comes: rows before this one are being read, and let go of their groups.
-            self._changed.wait_for(lambda: group in self._held)
-            future = self._held[group]
-        content = future.result()
-        with self._changed:
-            self._reads_left[group] -= 1
-            if not self._reads_left[group] and group in self._held:
-                del self._held[group], self._reads_left[group]
-                self._fetch_ahead()
-        return self._cut(content, group, start, num_bytes)
+        future = self._future_of(group)
+        content = self._fetch(group) if future is None else future.result()
+        self._has_read(group)
+        first = start - self._block(group)[1].start
+        return content[first : first + num_bytes]
 
-    def open(self, shard: int) -> IO[bytes]:
-        return io.BufferedReader(_RangeFile(self.store, self.shards[shard]), 1 << 20)
+    def peek(self, shard: int, start: int, num_bytes: int) -> bytes:
+        return read_part(self.store, self.shards[shard].path, Part(start, num_bytes))
+
+    def _future_of(self, group: int) -> "Future[bytes] | None":
+        """The promise of a group's content; None if it was not planned.
+
+        Its turn comes: the rows before this one are being read, and let go of their groups.
+        """
+        with self._changed:
+            is_planned = group in self._reads_left
+            self._changed.wait_for(lambda: group in self._held or group not in self._reads_left)
+            if is_planned and group not in self._held:
+                raise StorageError("reading was stopped")  # to a thread nobody waits for
+            return self._held.get(group)
+
+    def _has_read(self, group: int) -> None:
+        with self._changed:
+            if group in self._held:
+                self._reads_left[group] -= 1
+                if not self._reads_left[group]:
+                    del self._held[group], self._reads_left[group]
+                    self._fetch_ahead()
 
     def check_unchanged(self) -> None:
         pass  # every group is checked as it comes
@@ -147,21 +184,17 @@ class StreamedShards:
         shard, block = self._block(group)
         return read_part(self.store, shard.path, block.part)
 
-    def _block(self, group: int) -> Any:
+    def _block(self, group: int) -> tuple[Shard, Block]:
         number = int(np.searchsorted(self._first_group, group, side="right")) - 1
         shard = self.shards[number]
         return shard, shard.blocks[group - int(self._first_group[number])]
 
-    def _cut(self, content: bytes, group: int, start: int, num_bytes: int) -> bytes:
-        first = start - self._block(group)[1].start
-        return content[first : first + num_bytes]
 
+class ShardReader(io.RawIOBase):
+    """A shard as a file, for Parquet's own reader; any number of them at a time."""
 
-class _RangeFile(io.RawIOBase):
-    """A file in a store that is read range by range."""
-
-    def __init__(self, store: Store, shard: Shard) -> None:
-        self.store, self.shard, self.position = store, shard, 0
+    def __init__(self, shards: Shards, number: int, num_bytes: int) -> None:
+        self.shards, self.number, self.num_bytes, self.position = shards, number, num_bytes, 0
 
     def readable(self) -> bool:
         return True
@@ -170,14 +203,13 @@ class _RangeFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self.position, self.shard.num_bytes)[whence]
+        base = (0, self.position, self.num_bytes)[whence]
         self.position = base + offset
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), self.shard.num_bytes - self.position)
-        part = Part(self.position, max(0, wanted))
-        content = read_part(self.store, self.shard.path, part)
+        wanted = max(0, min(len(buffer), self.num_bytes - self.position))
+        content = self.shards.peek(self.number, self.position, wanted) if wanted else b""
         buffer[: len(content)] = content
         self.position += len(content)
         return len(content)

@@ -5,7 +5,7 @@ to be copied, pickled or forked.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], num_threads: int, ahead: int
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map(function, items)`, in order, with up to `ahead` results in the making.
 
     `items` is drawn in the consuming thread, no earlier than needed. An exception in `function`
