@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tlrunner.errors import StorageError
 
@@ -89,12 +89,21 @@ def locked(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = _open_locked(path)
     except OSError as err:
         raise cannot_write(path, err) from err
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _open_locked(path: Path) -> IO[str]:
+    while True:
+        file = path.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()  # who held it before removed it
 
 
 def cannot_write(path: Path, err: OSError) -> StorageError:

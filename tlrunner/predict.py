@@ -7,7 +7,6 @@
 data set) that its run did not use. metrics.json is written last.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
 from tlrunner.files import read_json, write_json, write_with
 from tlrunner.jobconfig import PredictJob
+from tlrunner.machine import num_cpus
 from tlrunner.report.rundir import check_empty, place_for
 from tlrunner.screen import preparing
 from tlrunner.train.export import Deployed, load, local_model, read_config
@@ -144,7 +144,8 @@ def _images(
         deployed.transform.transform,
         batch_size=job.data.batch_size,
         world=World(),
-        num_threads=job.data.num_workers or os.cpu_count() or 1,
+        pin_memory=torch.cuda.is_available(),
+        num_threads=job.data.num_workers or num_cpus(),
     ):
         yield batch.images_BHWC
 

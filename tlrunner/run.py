@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -32,7 +31,7 @@ from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport
 from tlrunner.tune.plan import check_search, check_trial, count_trials, grant_here, show_plan
 from tlrunner.tune.space import PlannedTrial
-from tlrunner.uris import absolute, is_weights_file
+from tlrunner.uris import absolute, is_weights_file, local_path
 
 log = logging.getLogger("tlrunner")
 LOG_NAME = "log.txt"
@@ -149,7 +148,7 @@ def with_absolute_paths(job: AnyTrial) -> AnyTrial:
     data = job.data.model_copy(
         update={
             "uri": absolute(job.data.uri),
-            "cache_dir": str(Path(job.data.cache_dir).expanduser().resolve()),
+            "cache_dir": str(local_path(job.data.cache_dir)),
         }
     )
     backbone = job.backbone.model_copy(update=settled)

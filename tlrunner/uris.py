@@ -1,14 +1,33 @@
 """What a URI or a choice of weights names: pure functions of the string, nothing is looked at."""
 
 from pathlib import Path
+from urllib.parse import unquote
+
+from tlrunner.errors import ConfigError
 
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def local_path(uri: str | Path) -> Path:
+    """The absolute path that a path or file:// URI names; `~` is the home directory.
+
+    Raises:
+        ConfigError: it begins with `~`, and there is no such home.
+    """
+    text = str(uri)
+    path = Path(unquote(text.removeprefix("file://")) if text.startswith("file://") else text)
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as err:
+        raise ConfigError(
+            f"'{text}': there is no such home directory", "", "give an absolute path"
+        ) from err
 
 
 def absolute(uri: str) -> str:
     """A local path made absolute; other URIs as they are."""
     has_scheme = "://" in uri or uri.startswith("sample:")
-    return uri if has_scheme else str(Path(uri).expanduser().resolve())
+    return uri if has_scheme else str(local_path(uri).resolve())
 
 
 def has_credentials(uri: str) -> bool:

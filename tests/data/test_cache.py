@@ -58,12 +58,20 @@ def test_what_is_in_use_is_never_evicted(tmp_path: Path) -> None:
     use(cache, "b", b"b" * 10)
     use(cache, "c", b"c" * 10)
     assert names(cache) == {"a", "c"}
-    with pytest.raises(StorageError, match=r"no room for big.*raise data\.cache_bytes"):
+    with pytest.raises(StorageError, match=r"no room for 20 bytes \(big\).* data\.cache_bytes"):
         use(cache, "big", b"x" * 20)
     assert os.pread(held, 10, 0) == b"a" * 10
     os.close(held)
     use(cache, "big", b"x" * 20)
     assert names(cache) == {"big"}
+
+
+def test_what_can_never_fit_evicts_nothing(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 30)
+    use(cache, "a", b"a" * 10)
+    with pytest.raises(StorageError, match=r"of its limit of 30 bytes, 10 are in use"):
+        use(cache, "big", b"x" * 31)
+    assert names(cache) == {"a"}
 
 
 def test_a_maker_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -137,7 +145,9 @@ def test_a_killed_maker_stands_in_nobodys_way(tmp_path: Path) -> None:
     )
     assert maker.stdout
     assert maker.stdout.readline() == "making\n"
-    with pytest.raises(StorageError, match="no room for b"):  # it is at work: its room is taken
+    with pytest.raises(
+        StorageError, match="no room for 60 bytes"
+    ):  # it is at work: its room is taken
         use(cache, "b", b"b" * 60)
     maker.send_signal(signal.SIGKILL)
     maker.wait()

@@ -81,27 +81,30 @@ class NodeCache:
         try:
             with self._locked():
                 new.unlink(missing_ok=True)
-                self._evict(self.limit - num_bytes, new.name)
+                self._make_room(num_bytes, new.name)
                 with new.open("wb") as file:
-                    if num_bytes:
-                        os.posix_fallocate(file.fileno(), 0, num_bytes)
+                    _allocate(file.fileno(), num_bytes)
             yield
         finally:
             new.unlink(missing_ok=True)
 
-    def _evict(self, allowed: int, wanted: str) -> None:
-        """Remove files until at most `allowed` bytes are used."""
-        for path in sorted(self._files(), key=_worth):
-            if self._used() <= allowed:
-                return
-            _remove_unused(path)
+    def _make_room(self, num_bytes: int, wanted: str) -> None:
+        """Remove files until there is room for so many bytes."""
+        limit = self.limit
+        if num_bytes <= limit:
+            for path in sorted(self._files(), key=_worth):
+                if self._used() + num_bytes <= limit:
+                    return
+                _remove_unused(path)
         used = self._used()
-        if used > allowed:
+        if used + num_bytes > limit:
             raise StorageError(
-                f"the cache {self.directory} has no room for {wanted.removesuffix(_NEW)}: "
-                f"{used:,} bytes of its limit are in use, at most {max(0, allowed):,} may be",
+                f"the cache {self.directory} has no room for {num_bytes:,} bytes "
+                f"({wanted.removesuffix(_NEW)}): of its limit of {limit:,} bytes, {used:,} are in "
+                "use",
                 "",
-                "raise data.cache_bytes, or set data.streaming=on",
+                "raise data.cache_bytes or free some disk; training can also stream "
+                "(data.streaming=on)",
             )
 
     def _locked(self) -> AbstractContextManager[None]:
@@ -120,6 +123,14 @@ class NodeCache:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as err:
             raise cannot_write(self.directory, err) from err
+
+
+def _allocate(descriptor: int, num_bytes: int) -> None:
+    """Take room on the disk now, where the system knows how; OSError if there is none."""
+    if num_bytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    else:
+        os.ftruncate(descriptor, num_bytes)
 
 
 def _held(path: Path) -> int | None:
@@ -142,7 +153,7 @@ def _remove_unused(path: Path) -> None:
     """Remove a file, unless somebody uses or makes it."""
     lock = path if path.suffix != _NEW else path.with_suffix(".lock")
     try:
-        descriptor = os.open(lock, os.O_RDONLY)
+        descriptor = os.open(lock, os.O_RDWR)  # NFS locks only what may be written to
     except FileNotFoundError:
         return
     try:

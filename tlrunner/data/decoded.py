@@ -4,9 +4,9 @@ A validation image is kept as evaluation renders it, so that it is the same to t
 image is kept with the shorter side that evaluation resizes to, or with its own if that is smaller;
 random crops are cut from these pixels instead of from the full image's.
 
-A row is decoded by whoever needs it first, under a lock on its byte of the file that dies with its
-process. Marks of what is there last until the machine restarts: the kernel may write them to the
-disk before the pixels they speak of.
+A row is decoded by whoever needs it first, under a lock on a byte that dies with its process. Marks
+of what is there last until the machine restarts: the kernel may write them to the disk before the
+pixels they speak of.
 """
 
 import fcntl
@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import cv2
 import numpy as np
+import PIL
+import simplejpeg
 from numpy.typing import NDArray
 
 from tlrunner.config import Preprocess
@@ -32,7 +35,6 @@ from tlrunner.errors import StorageError
 from tlrunner.files import sha256_json
 
 log = logging.getLogger("tlrunner")
-VERSION = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -95,7 +97,7 @@ class DecodedCache:
     def __init__(
         self, cache: NodeCache, images_sha256: str, kept: Kept, read: Callable[[int], bytes]
     ) -> None:
-        self._read, self._kept, self._file = read, kept, -1
+        self._read, self._kept, self._file, self._locks = read, kept, -1, -1
         self._transform = EvalTransform(kept.preprocess)
         self._entry_of = np.full(len(kept.sizes_N2), -1)
         self._entry_of[kept.rows_E] = np.arange(len(kept.rows_E))
@@ -104,19 +106,24 @@ class DecodedCache:
         rows = [
             hashlib.sha256(rows_R.tobytes()).hexdigest() for rows_R in (kept.train_R, kept.val_R)
         ]
-        recipe = [VERSION, images_sha256, rows, kept.preprocess.model_dump(), _boot()]
+        versions = [PIL.__version__, cv2.__version__, simplejpeg.__version__]
+        recipe = [images_sha256, rows, kept.preprocess.model_dump(), versions, _boot()]
         try:
             name = f"{sha256_json(recipe)}.decoded"
             self._file = cache.hold(name, kept.num_bytes, lambda path: None)
-        except StorageError as err:
+            # of its own, since on NFS a lock on a byte and one on the whole file are the same
+            locks = cache.directory / f"{name}.rows.lock"
+            self._locks = os.open(locks, os.O_RDWR | os.O_CREAT, 0o644)
+        except (StorageError, OSError) as err:
             log.warning("images are decoded each time: %s", err)
             return
         content = np.frombuffer(mmap.mmap(self._file, kept.num_bytes), np.uint8)
         self._pixels, self._is_there_E = content[: kept.pixel_bytes], content[kept.pixel_bytes :]
 
     def __del__(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
+        for descriptor in (self._file, self._locks):
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def pixels(self, row: int) -> Pixels | None:
         """What is kept of a row, (height, width, 3) RGB, not to be written to; None: not kept.
@@ -128,7 +135,7 @@ class DecodedCache:
         entry = int(self._entry_of[row])
         if entry < 0:
             return None
-        if self._file < 0:
+        if self._locks < 0:
             return self._decoded(row, entry)
         height, width = self._kept.sizes_E2[entry].tolist()
         start = int(self._starts_E[entry])
@@ -138,14 +145,13 @@ class DecodedCache:
         return pixels
 
     def _fill(self, row: int, entry: int, pixels: Pixels) -> None:
-        place = self._kept.pixel_bytes + entry
-        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, place)
+        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, entry)
         try:
             if not self._is_there_E[entry]:
                 pixels[...] = self._decoded(row, entry)
                 self._is_there_E[entry] = 1
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, entry)
 
     def _decoded(self, row: int, entry: int) -> Pixels:
         picture = Encoded(self._read(row))
@@ -172,4 +178,5 @@ class KeptTransform:
 
 
 def _boot() -> str:
-    return _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
+    """Names this machine since it started; this process, where the system does not say."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else f"process {os.getpid()}"

@@ -12,6 +12,8 @@ from tlrunner.data.s3 import S3Store
 from tlrunner.data.store import LocalStore, Part, Store, unreachable
 from tlrunner.errors import StorageError
 from tlrunner.files import sha256_file, write_with
+from tlrunner.machine import num_cpus
+from tlrunner.uris import local_path
 
 RANGE_BYTES = 8 << 20
 _PLACES = "a path, file://PATH or s3://BUCKET/KEY"
@@ -25,7 +27,7 @@ def open_store(uri: str) -> LocalStore | S3Store:
         StorageError: another scheme, or no bucket.
     """
     if "://" not in uri or uri.startswith("file://"):
-        return LocalStore(Path(uri.removeprefix("file://")).expanduser().absolute())
+        return LocalStore(local_path(uri))
     bucket, prefix = _split_s3(uri)
     return S3Store(bucket, prefix.strip("/"))
 
@@ -42,7 +44,7 @@ def download(store: Store, name: str, path: Path, parts: Iterable[Part]) -> None
     def one(part: Part) -> None:
         _write_at(descriptor, store.read(name, part), part.start)
 
-    num_checking = os.cpu_count() or 2  # threads whose connection rests while they hash and write
+    num_checking = num_cpus()  # threads whose connection rests while they hash and write
     pool = ThreadPoolExecutor(num_threads() + num_checking, thread_name_prefix="tlrunner-fetch")
     try:
         for _ in pool.map(one, parts):
@@ -54,7 +56,7 @@ def download(store: Store, name: str, path: Path, parts: Iterable[Part]) -> None
 
 def num_threads() -> int:
     """Requests under way at once, for one file: enough to hide latency, no more than CPUs serve."""
-    return min(32, 4 * (os.cpu_count() or 2))
+    return min(32, 4 * num_cpus())
 
 
 def ranges(num_bytes: int) -> list[Part]:
@@ -72,8 +74,8 @@ def fetch(uri: str, cache_dir: str | Path, sha256: str | None = None) -> Path:
         StorageError: it cannot be had, or is not the file that was meant.
     """
     if "://" in uri and not uri.startswith("file://"):
-        return _fetch_s3(uri, Path(cache_dir).expanduser(), sha256)
-    path = Path(uri.removeprefix("file://")).expanduser()
+        return _fetch_s3(uri, local_path(cache_dir), sha256)
+    path = local_path(uri)
     if not path.is_file():
         raise StorageError(f"{path} is not a file", _PLACES, "check the path")
     _check_digest(uri, path, sha256)

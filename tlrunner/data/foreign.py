@@ -19,6 +19,7 @@ from tlrunner.data.source import Source, in_class_order, one_class
 from tlrunner.data.tables import Table, TableFile, file_split, read_table
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_json
+from tlrunner.uris import local_path
 
 
 def open_tables(
@@ -46,7 +47,7 @@ def open_tables(
         labels=labels,
         fingerprint=sha256_json([names, versions, _facts_of_named(tables)]),
         num_bytes=sum(table.file.path.stat().st_size for table in tables),
-        read=_Reader(tables, Spool(Path(spool_dir).expanduser())).read,
+        read=_Reader(tables, Spool(local_path(spool_dir))).read,
         splits=_splits(tables),
     )
 

@@ -12,7 +12,6 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tlrunner.data.fetch import open_store
@@ -20,6 +19,7 @@ from tlrunner.data.places import file_facts, place_of, read_file, read_place
 from tlrunner.data.source import SPLIT_SPELLINGS, Source, in_class_order, one_class, split_of
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_json
+from tlrunner.uris import local_path
 
 LIST_EXTENSIONS = (".csv", ".jsonl")
 _COLUMNS = "path,label or path,label,split"
@@ -75,7 +75,7 @@ def open_list(uri: str, *, labelled: bool = True) -> Source:
 def _read_list(uri: str) -> tuple[str, bytes]:
     """What its paths are relative to, and its bytes."""
     if not uri.startswith("s3://"):
-        path = Path(uri.removeprefix("file://")).expanduser().absolute()
+        path = local_path(uri)
         return str(path.parent), read_file(path)
     base, _, name = uri.rpartition("/")
     try:

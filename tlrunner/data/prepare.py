@@ -12,6 +12,7 @@ from tlrunner.data.manifest import MANIFEST_NAME, VERSION, Manifest
 from tlrunner.data.sources import open_source, shards_at, unlabelled
 from tlrunner.data.write import BAD_NAME, Progress, too_many_bad, write_shards
 from tlrunner.files import locked, sha256_json
+from tlrunner.uris import local_path
 
 
 def prepare(
@@ -34,7 +35,7 @@ def prepare(
         return str(shards)
     source = open_source(uri, labelled=labelled, cache_dir=cache_dir)
     fingerprint = sha256_json([VERSION, source.fingerprint])[:32]
-    target = Path(cache_dir).expanduser().resolve() / "shards" / fingerprint
+    target = local_path(cache_dir) / "shards" / fingerprint
     if not (target / MANIFEST_NAME).is_file():
         with locked(target.with_name(f"{fingerprint}.lock")):
             if not (target / MANIFEST_NAME).is_file():  # another process may just have written it

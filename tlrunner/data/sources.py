@@ -29,6 +29,7 @@ from tlrunner.data.source import Source, unlabelled
 from tlrunner.data.tables import local_tables, s3_tables
 from tlrunner.errors import DataError
 from tlrunner.files import sha256_json
+from tlrunner.uris import local_path
 
 __all__ = ["Source", "open_source", "shards_at", "unlabelled"]
 
@@ -96,13 +97,12 @@ def _reading(uri: str) -> Iterator[None]:
 
 def _local_path(uri: str) -> Path:
     """The file or directory that a path or file:// URI names."""
-    path = uri.removeprefix("file://")
-    if "://" in path:
-        scheme = path.partition("://")[0]
+    scheme, separator, _ = uri.removeprefix("file://").partition("://")
+    if separator:
         raise DataError(f"data.uri is '{uri}': unknown scheme {scheme}://", _KINDS)
-    if not path or "\0" in path:
+    if uri in ("", "file://") or "\0" in uri:
         raise DataError(f"data.uri is {uri!r}", _KINDS)
-    place = Path(path).expanduser()
+    place = local_path(uri)
     if not place.exists():
         raise DataError(f"{uri} does not exist", _KINDS, _similar_path(place))
     return place
@@ -160,7 +160,7 @@ def _holds_shards(uri: str) -> bool:
 
 def _open_shards(where: str | Path, labelled: bool, cache_dir: str | Path) -> Source:
     """Shards as a source: what is known of their rows now, keys and images once they are read."""
-    kept = NodeCache(Path(cache_dir).expanduser().resolve() / "node")
+    kept = NodeCache(local_path(cache_dir) / "node")
     known = open_dataset(where, kept, streamed=True)
     if labelled and not known.class_names:
         raise unlabelled(str(where))

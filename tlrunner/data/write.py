@@ -39,6 +39,7 @@ from tlrunner.data.store import LocalStore, Store
 from tlrunner.data.threads import map_ahead
 from tlrunner.errors import DataError, StorageError
 from tlrunner.files import cannot_write, locked, sha256_json
+from tlrunner.machine import num_cpus
 
 _WRITING = ".writing"
 BAD_NAME = "bad_images.parquet"
@@ -275,7 +276,7 @@ def _normalised(source: Source, order: list[int], settings: WriteSettings) -> It
             facts = {"source": source.uri, "key": source.keys[i]}
             return i, facts | {"reason": reason, "sha256": digest}
 
-    num_threads = min(8, os.cpu_count() or 1)
+    num_threads = min(8, num_cpus())
     return map_ahead(one, order, num_threads, ahead=3 * num_threads)
 
 

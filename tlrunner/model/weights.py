@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tlrunner.config import BackboneConfig
 from tlrunner.errors import ConfigError, StorageError
 from tlrunner.files import sha256_file
-from tlrunner.uris import is_weights_file
+from tlrunner.uris import is_weights_file, local_path
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
@@ -49,7 +49,7 @@ def choose_weights(config: BackboneConfig, weights_file: Path | None = None) -> 
         StorageError: the file is not there.
     """
     if weights_file or is_weights_file(config.weights):
-        path = weights_file or Path(config.weights).expanduser()
+        path = weights_file or local_path(config.weights)
         if not path.is_file():
             raise StorageError(f"backbone.weights: there is no file {path}", "", "check the path")
         return Weights("file", path=path, sha256=config.weights_sha256)

@@ -1,9 +1,7 @@
 """Which batches a trial sees: its images, split once, in the order of each epoch."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +17,8 @@ from tlrunner.data.order import Rows, Splits, split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.store import LocalStore
 from tlrunner.data.world import World
+from tlrunner.machine import memory_bytes
+from tlrunner.uris import local_path
 
 
 def open_data(data: DataConfig, shards: str | None = None) -> tuple[Dataset, Splits]:
@@ -63,7 +63,7 @@ class _Kept(Protocol):
 
 
 def node_cache(data: _Kept) -> NodeCache:
-    return NodeCache(Path(data.cache_dir).expanduser().resolve() / "node", data.cache_bytes)
+    return NodeCache(local_path(data.cache_dir) / "node", data.cache_bytes)
 
 
 def settle_streaming(data: DataConfig, shards: str) -> DataConfig:
@@ -101,14 +101,6 @@ def _kept(dataset: Dataset, splits: Splits, preprocess: Preprocess) -> Kept:
     return Kept(splits.train, splits.val, dataset.sizes_N2, preprocess)
 
 
-def memory_bytes() -> int:
-    """What this process may use: of the machine, or of its container."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    granted = Path("/sys/fs/cgroup/memory.max")
-    text = granted.read_text().strip() if granted.is_file() else "max"
-    return min(total, int(text)) if text.isdecimal() else total
-
-
 def in_reading_order(dataset: Dataset, rows_R: Rows) -> Rows:
     """Rows whose order does not matter, as streaming reads them: each row group once."""
     return rows_R if dataset.window is None else np.sort(rows_R)
@@ -121,7 +113,7 @@ def use_decoded_cache(
     if settle_decoded_cache(data, dataset, splits, [preprocess]).decoded_cache == "on":
         kept = _kept(dataset, splits, preprocess)
         dataset.decoded = DecodedCache(
-            node_cache(data), dataset.manifest.sha256, kept, dataset.image_bytes
+            node_cache(data), dataset.manifest.sha256, kept, dataset.images.read
         )
 
 

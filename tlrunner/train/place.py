@@ -15,6 +15,7 @@ from tlrunner.data.store import LocalStore, Store
 from tlrunner.data.threads import map_ahead
 from tlrunner.errors import StorageError
 from tlrunner.files import cannot_write, sha256_text
+from tlrunner.uris import local_path
 
 CHECKPOINTS = "checkpoints"
 
@@ -112,7 +113,7 @@ class Place:
 def working_copy(uri: str, cache_dir: str | Path) -> Path:
     """The local directory that stands for an S3 prefix on this node."""
     parent, _, name = uri.rstrip("/").rpartition("/")
-    return Path(cache_dir).expanduser().resolve() / "runs" / sha256_text(parent)[:16] / name
+    return local_path(cache_dir) / "runs" / sha256_text(parent)[:16] / name
 
 
 def place_at(uri: str, cache_dir: str | Path) -> Place:

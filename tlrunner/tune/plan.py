@@ -17,6 +17,7 @@ from tlrunner.data.order import sample_ids, split_rows
 from tlrunner.data.source import Source
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.jobconfig import JobConfig, SearchConfig
+from tlrunner.machine import num_cpus
 from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
 from tlrunner.tune.estimate import Cost, estimate_costs
@@ -99,7 +100,7 @@ def grant(resources: ResourceConfig, machines: Sequence[Machine]) -> ResourceCon
 def grant_here(resources: ResourceConfig) -> ResourceConfig:
     """What a trial gets in this process."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return grant(resources, [Machine(os.cpu_count() or 1, num_gpus)])
+    return grant(resources, [Machine(num_cpus(), num_gpus)])
 
 
 def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, out: Console) -> None:
@@ -163,7 +164,7 @@ def _concurrent_trials(config: TrialConfig, job: BaseModel) -> int:
     if "RAY_ADDRESS" in os.environ:
         return wanted or 1
     granted = grant_here(config.resources)
-    places = (os.cpu_count() or 1) // granted.cpus_per_worker
+    places = num_cpus() // granted.cpus_per_worker
     if granted.gpus_per_worker:
         places = min(places, torch.cuda.device_count() // granted.gpus_per_worker)
     return min(wanted or places, places)
