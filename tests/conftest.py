@@ -13,8 +13,10 @@ from PIL import Image
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
+from tlrunner.data.dataset import open_dataset
 from tlrunner.data.prepare import prepare
 from tlrunner.train.checkpoint import write_checkpoint
+from tlrunner.train.feed import Images, which
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 
@@ -71,11 +73,21 @@ def colour_shards(tiny_trial: TrialConfig) -> Path:
 
 
 @pytest.fixture(scope="session")
+def colour_images(colour_shards: Path) -> Images:
+    return which(open_dataset(colour_shards))
+
+
+@pytest.fixture(scope="session")
 def _trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_trial: TrialConfig, colour_shards: Path
+    tmp_path_factory: pytest.TempPathFactory, tiny_trial: TrialConfig, colour_images: Images
 ) -> Path:
     directory = tmp_path_factory.mktemp("trained") / "0000-abcdef"
-    run_trial(tiny_trial, lambda report: None, trial_dir=directory, shards=colour_shards)
+    run_trial(
+        tiny_trial,
+        lambda report: None,
+        trial_dir=directory,
+        images=colour_images,
+    )
     return directory
 
 

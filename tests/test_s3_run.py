@@ -14,6 +14,7 @@ import tlrunner
 from tlrunner.cli import run_job
 from tlrunner.data.dataset import open_dataset
 from tlrunner.data.fetch import open_store
+from tlrunner.errors import StorageError
 from tlrunner.files import sha256_file
 from tlrunner.jobconfig import JobConfig, PredictJob, PrepareJob, TrainJob
 from tlrunner.train.trial_dir import EpochReport
@@ -197,3 +198,35 @@ def _cache(directory: Path) -> Any:
     from tlrunner.data.cache import NodeCache
 
     return NodeCache(directory / "node", 10**8)
+
+
+def test_a_fetch_that_fails_costs_no_trial(
+    job: Callable[..., int], s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tlrunner.train import place
+
+    assert job("train") == 0
+    run = f"{s3_bucket.uri}/runs/mine"
+    before = names_in(run)
+    store, real = open_store(run), place.download
+    store.delete("_SUCCESS")
+
+    def failing(store: Any, name: str, path: Path, parts: Any) -> None:
+        if name.endswith("trainable.safetensors"):
+            path.write_bytes(bytes(sum(part.num_bytes for part in parts)))  # of the right size
+            raise StorageError("the store is down")
+        real(store, name, path, parts)
+
+    monkeypatch.setattr(place, "download", failing)
+    assert job("train", cache="another") == 73
+    monkeypatch.undo()
+    assert not [p for p in (tmp_path / "another").rglob("trainable.safetensors")]
+    assert job("train", cache="another") == 0
+    assert names_in(run) == before
+    # a working copy that rotted is no reason to lose a trial either
+    store.delete("_SUCCESS")
+    (rotten,) = (tmp_path / "another").rglob("trials/*/checkpoints/*/trainable.safetensors")
+    when = json_at(run, "summary.json")["best"]["seconds"]
+    rotten.write_bytes(bytes(rotten.stat().st_size))
+    assert job("train", cache="another") == 0
+    assert json_at(run, "summary.json")["best"]["seconds"] == when

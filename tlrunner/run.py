@@ -24,9 +24,9 @@ from tlrunner.errors import InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import JobConfig, PrepareJob, SearchConfig, TrainJob
 from tlrunner.model.classifier import describe
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
-from tlrunner.report.rundir import RunDir, begun_run, find_run, place_for
+from tlrunner.report.rundir import RunDir, begun_run, find_run, place_for, settled_before
 from tlrunner.screen import preparing, show_summary
-from tlrunner.train.feed import node_cache, settle_decoded_cache, settle_streaming, split_data
+from tlrunner.train.feed import settle_decoded_cache, settle_streaming, split_data, which
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport
 from tlrunner.tune.plan import check_search, check_trial, count_trials, grant_here, show_plan
@@ -64,13 +64,13 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
         with connected_to_ray(job.log.level):
             job = job.model_copy(update={"resources": granted_resources(job.resources)})
             trials = check_search(job)  # once more, now that it is known whether there are GPUs
-            job, images = _prepared(job, [trial.config for trial in trials], out)
+            job, images = _prepared(job, run, [t.config for t in trials], out)
             run, num_settled = held.enter_context(_begun(run, job, images, out))
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
             num_trials = count_trials(job.search, trials)
             try:
-                run_search(job, num_trials, num_settled, run.place, images.uri, out)
+                run_search(job, num_trials, num_settled, run.place, which(images), out)
             except KeyboardInterrupt:
                 interrupted = True
         return _finish(run, images, started, out, interrupted)
@@ -90,7 +90,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
     run = find_run(job, job.output, job_name, job.data.cache_dir)
     if run.is_finished:
         return _show_finished(run, out)
-    job, images = _prepared(job, [config], out)
+    job, images = _prepared(job, run, [config], out)
     planned = PlannedTrial(0, job.trial())
 
     def show(report: EpochReport) -> None:
@@ -105,7 +105,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         directory = run.trial(planned.trial_id)
         try:
             if num_settled == 0:  # else only the end is missing
-                run_trial(planned.config, show, trial_dir=directory.place, shards=images.uri)
+                run_trial(planned.config, show, trial_dir=directory.place, images=which(images))
         except KeyboardInterrupt:
             interrupted = True
         except TlrunnerError:
@@ -172,7 +172,9 @@ def _with_absolute_weights(search: SearchConfig) -> SearchConfig:
     return search.model_copy(update={"space": space})
 
 
-def _prepared(job: AnyJob, trials: Sequence[TrialConfig], out: Console) -> tuple[AnyJob, Dataset]:
+def _prepared(
+    job: AnyJob, run: RunDir, trials: Sequence[TrialConfig], out: Console
+) -> tuple[AnyJob, Dataset]:
     """The job's images as shards, and the job with all that depends on them decided.
 
     Only what is known of the rows is read here: the shards themselves are read by the trials.
@@ -185,21 +187,24 @@ def _prepared(job: AnyJob, trials: Sequence[TrialConfig], out: Console) -> tuple
             progress=progress,
         )
     verify_shards(shards)  # every byte, once a run
-    images = open_dataset(shards, node_cache(job.data), streamed=True)
+    images = open_dataset(shards, streamed=True)
     splits = split_data(job.data, images)
     out.print(
         f"{len(splits.train)} images train, {len(splits.val)} validate, {len(splits.test)} test; "
         f"{len(images.class_names)} classes",
     )
-    data = settle_streaming(job.data, shards)
+    # What is decided by the machine stays so for a run, wherever it is continued.
+    data = settle_streaming(settled_before(run, job.data), shards)
     preprocesses = [describe(t.backbone, t.data.image_size).preprocess for t in trials]
     data = settle_decoded_cache(data, images, splits, preprocesses)
     if data.streaming == "on":
         out.print("images are streamed; each epoch shuffles 16 row groups at a time")
     if data.decoded_cache == "on":
         sides = sorted({short_side(preprocess) for preprocess in preprocesses})
-        sizes = ", ".join(map(str, sides))
-        out.print(f"images are decoded once, with a shorter side of {sizes} px at most")
+        out.print(
+            "images are decoded once; training crops are cut from a shorter side of at most "
+            f"{', '.join(map(str, sides))} px"
+        )
     return job.model_copy(update={"data": data}), images
 
 
@@ -210,7 +215,7 @@ def _begun(
     """The run's directory, ours from here on, with a log and the list of unusable images in it."""
     with begun_run(run, job, images.manifest.sha256) as (run, num_settled):
         _log_to(run)
-        copy_bad_images(images.uri, run)
+        copy_bad_images(images, run)
         kept = f": {num_settled} trials are done already" if num_settled else ""
         out.print(f"run {run.place}{kept}", soft_wrap=True)
         if "runtime_resources" in str(run.place).split("/"):

@@ -250,3 +250,40 @@ def test_a_compressed_file_cannot_be_indexed(folder: Path, tmp_path: Path) -> No
     pq.write_table(table, tmp_path / "packed.parquet", compression="gzip")
     with pytest.raises(DataError, match="contiguously"):
         build_index(tmp_path / "packed.parquet")
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("kept", ["unfinished.json", "first shard"])
+def test_a_writer_killed_at_any_moment_is_followed_by_another(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    """A kill does not clean up: what is in place then is what the next writer finds."""
+    source, target = open_source(str(folder)), tmp_path / "shards"
+    killed = RuntimeError("as if killed")
+    real = write.LocalStore.put
+
+    def put(store: object, name: str, path: Path) -> None:
+        real(store, name, path)
+        if name == ("unfinished.json" if kept == "unfinished.json" else "shard-00000.parquet"):
+            raise killed
+
+    monkeypatch.setattr(write.LocalStore, "put", put)
+    monkeypatch.setattr(write.LocalStore, "delete", lambda *_: None)
+    with pytest.raises(RuntimeError):
+        write_shards(source, target)
+    monkeypatch.undo()
+    assert "unfinished.json" in leftovers(target)
+    assert write_shards(source, target).num_images == 24
+    verify_shards(target)
+
+
+def test_the_same_call_again_finds_it_done(folder: Path, tmp_path: Path) -> None:
+    source, target = open_source(str(folder)), tmp_path / "shards"
+    first = write_shards(source, target)
+    (target / "unfinished.json").write_bytes((target / "made_from.json").read_bytes())  # a kill
+    before = (target / "manifest.json").stat().st_mtime_ns
+    assert write_shards(source, target) == first
+    assert (target / "manifest.json").stat().st_mtime_ns == before
+    assert "unfinished.json" not in leftovers(target)
+    with pytest.raises(StorageError, match="from other images or with other settings"):
+        write_shards(source, target, WriteSettings(seed=1))

@@ -2,6 +2,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,8 +141,9 @@ def test_a_rotten_checkpoint_of_the_best_trial_is_no_success(
 def test_bad_images_are_listed_where_people_look(run: RunDir, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shards.mkdir()
-    copy_bad_images(str(shards), run)
+    images = SimpleNamespace(uri=str(shards), manifest=SimpleNamespace(num_bad=1))
+    copy_bad_images(images, run)
     assert "bad_images.parquet" not in files_of(run)
     (shards / "bad_images.parquet").write_bytes(b"listing")
-    copy_bad_images(str(shards), run)
+    copy_bad_images(images, run)
     assert (run.path / "bad_images.parquet").read_bytes() == b"listing"

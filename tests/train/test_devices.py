@@ -9,6 +9,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.data.dataset import open_dataset
 from tlrunner.train.export import export_model, load
+from tlrunner.train.feed import Images
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import TrialDir
 
@@ -18,13 +19,13 @@ PHASED = {"freeze.strategy": "lp_ft", "train.epochs": 3, "optim.max_grad_norm": 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler meets its own
 def test_a_compiled_trial_learns_as_an_eager_one(
-    tiny_trial: TrialConfig, colour_shards: Path
+    tiny_trial: TrialConfig, colour_images: Images
 ) -> None:
     eager, compiled = (
         run_trial(
             with_values(tiny_trial, {**PHASED, "train.compile": compile}),
             lambda report: None,
-            shards=colour_shards,
+            images=colour_images,
         )
         for compile in (False, True)
     )
@@ -36,12 +37,21 @@ def test_a_compiled_trial_learns_as_an_eager_one(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16", "fp16"])
 def test_a_trial_on_a_gpu_is_exported_as_it_was_validated(
-    tiny_trial: TrialConfig, colour_shards: Path, tmp_path: Path, mixed_precision: str
+    tiny_trial: TrialConfig,
+    colour_shards: Path,
+    colour_images: Images,
+    tmp_path: Path,
+    mixed_precision: str,
 ) -> None:
     gpu = {"resources.gpus_per_worker": 1, "train.mixed_precision": mixed_precision}
     config = with_values(tiny_trial, {**PHASED, **gpu, "train.ema_decay": 0.9})
     directory = TrialDir(tmp_path / "0000-abcdef")
-    result = run_trial(config, lambda report: None, trial_dir=directory.path, shards=colour_shards)
+    result = run_trial(
+        config,
+        lambda report: None,
+        trial_dir=directory.path,
+        images=colour_images,
+    )
     assert result.best is not None
     assert result.best.val_acc > 0.9
     export_model(

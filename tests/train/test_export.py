@@ -19,6 +19,7 @@ from tlrunner.errors import StorageError
 from tlrunner.model.freeze import levels
 from tlrunner.train.checkpoint import read_checkpoint
 from tlrunner.train.export import export_model, read_config
+from tlrunner.train.feed import Images
 from tlrunner.train.trial import load_classifier, run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
@@ -70,11 +71,15 @@ def reaches_what_was_reported(best: Path, shards: Path, reported: EpochReport) -
     ids=["plain", "averaged", "batch_norm", "flatten_mlp"],
 )
 def test_a_deployed_model_reaches_what_was_reported(
-    tiny_trial: TrialConfig, colour_shards: Path, tmp_path: Path, values: dict[str, Any]
+    tiny_trial: TrialConfig,
+    colour_shards: Path,
+    colour_images: Images,
+    tmp_path: Path,
+    values: dict[str, Any],
 ) -> None:
     trial = TrialDir(tmp_path / "trial")
     config = with_values(tiny_trial, values)
-    result = run_trial(config, lambda report: None, trial_dir=trial.path, shards=colour_shards)
+    result = run_trial(config, lambda report: None, trial_dir=trial.path, images=colour_images)
     best = export(trial, colour_shards, tmp_path / "best")
     assert reaches_what_was_reported(best, colour_shards, result.best)
 
@@ -98,7 +103,12 @@ def test_a_deployed_model_gives_the_logits_of_the_trial(
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 @pytest.mark.parametrize("strategy", ["lp_ft", "gradual"])
 def test_the_best_epoch_can_be_of_any_phase(
-    tiny_trial: TrialConfig, colour_shards: Path, tmp_path: Path, strategy: str, epoch: int
+    tiny_trial: TrialConfig,
+    colour_shards: Path,
+    colour_images: Images,
+    tmp_path: Path,
+    strategy: str,
+    epoch: int,
 ) -> None:
     trial = TrialDir(tmp_path / "trial")
     config = with_values(tiny_trial, {"freeze.strategy": strategy, "train.epochs": 3})
@@ -108,7 +118,7 @@ def test_the_best_epoch_can_be_of_any_phase(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trial(config, stop, trial_dir=trial.path, shards=colour_shards)
+        run_trial(config, stop, trial_dir=trial.path, images=colour_images)
     best = export(trial, colour_shards, tmp_path / "best")
     assert reaches_what_was_reported(best, colour_shards, trial.read().best)
 

@@ -12,6 +12,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.train.checkpoint import read_checkpoint
+from tlrunner.train.feed import Images
 from tlrunner.train.trial import TrialResult, run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
@@ -19,7 +20,7 @@ Run = Callable[..., tuple[TrialResult, list[EpochReport]]]
 
 
 @pytest.fixture
-def run(tiny_trial: TrialConfig, colour_shards: Path) -> Run:
+def run(tiny_trial: TrialConfig, colour_images: Images) -> Run:
     """`run({"dotted.key": value}, trial_dir)`: the tiny trial with other values."""
 
     def running(
@@ -27,7 +28,7 @@ def run(tiny_trial: TrialConfig, colour_shards: Path) -> Run:
     ) -> tuple[TrialResult, list[EpochReport]]:
         reports: list[EpochReport] = []
         config = with_values(tiny_trial, values or {})
-        result = run_trial(config, reports.append, trial_dir=trial_dir, shards=colour_shards)
+        result = run_trial(config, reports.append, trial_dir=trial_dir, images=colour_images)
         return result, reports
 
     return running
@@ -96,7 +97,7 @@ def test_colours_are_learned(run: Run) -> None:
 
 
 def test_an_epoch_is_on_the_disk_before_it_is_reported(
-    tiny_trial: TrialConfig, colour_shards: Path, tmp_path: Path
+    tiny_trial: TrialConfig, colour_images: Images, tmp_path: Path
 ) -> None:
     trial = TrialDir(tmp_path / "trial")
     seen = []
@@ -109,7 +110,7 @@ def test_an_epoch_is_on_the_disk_before_it_is_reported(
         assert tensors
         seen.append(finished.epoch)
 
-    run_trial(tiny_trial, report, trial_dir=trial.path, shards=colour_shards)
+    run_trial(tiny_trial, report, trial_dir=trial.path, images=colour_images)
     assert seen == [1, 2]
 
 
@@ -195,13 +196,13 @@ def test_more_stages_than_the_backbone_has_are_refused(run: Run) -> None:
 
 
 def test_a_trial_cut_short_is_read_as_interrupted(
-    tiny_trial: TrialConfig, colour_shards: Path, tmp_path: Path
+    tiny_trial: TrialConfig, colour_images: Images, tmp_path: Path
 ) -> None:
     def interrupt(report: EpochReport) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trial(tiny_trial, interrupt, trial_dir=tmp_path, shards=colour_shards)
+        run_trial(tiny_trial, interrupt, trial_dir=tmp_path, images=colour_images)
     record = TrialDir(tmp_path).read()
     assert (record.state, len(record.epochs)) == ("interrupted", 1)
 

@@ -109,7 +109,7 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
         manifest = Manifest(
             version=version,
             class_names=tuple(_typed(name, str) for name in found["class_names"]),
-            shards=tuple(_shard(shard) for shard in found["shards"]),
+            shards=tuple(parse_shard(shard) for shard in found["shards"]),
             num_images=_typed(found["num_images"], int),
             num_bad=_typed(found["num_bad"], int),
             counts={_split(name): _counts(of) for name, of in found["counts"].items()},
@@ -120,16 +120,12 @@ def parse_manifest(text: bytes | str, where: str) -> Manifest:
     return manifest
 
 
-def shard_from_json(found: Any) -> Shard:
-    """A shard's entry, checked.
+def parse_shard(found: Any) -> Shard:
+    """A shard's entry, from JSON.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not one.
+        KeyError, TypeError, ValueError: it is none, or at odds with itself.
     """
-    return _shard(found)
-
-
-def _shard(found: Any) -> Shard:
     path = _typed(found["path"], str)
     if path in ("", "..") or PurePath(path).name != path:
         raise ValueError(f"shard path {path!r} is not a plain file name")

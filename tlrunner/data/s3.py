@@ -201,7 +201,7 @@ class S3Store:
             return  # S3 itself does not mind, some servers do
 
     def _object(self, name: str) -> dict[str, str]:
-        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{name}".lstrip("/")}
+        return {"Bucket": self.bucket, "Key": f"{self.prefix}/{name}" if self.prefix else name}
 
     def _uri_of(self, name: str) -> str:
         return f"{self.uri}/{name}"

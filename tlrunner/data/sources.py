@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from tlrunner.config import CACHE_DIR
@@ -155,7 +156,9 @@ def _open_s3(uri: str, labelled: bool, cache_dir: str | Path) -> Source:
 
 
 def _holds_shards(uri: str) -> bool:
-    return open_store(uri).size(MANIFEST_NAME) is not None
+    """Whether a manifest is there; not asked of a name that says otherwise: it may be denied."""
+    is_file = uri.lower().endswith((*LIST_EXTENSIONS, ".parquet"))
+    return not is_file and open_store(uri).size(MANIFEST_NAME) is not None
 
 
 def _open_shards(where: str | Path, labelled: bool, cache_dir: str | Path) -> Source:
@@ -164,11 +167,17 @@ def _open_shards(where: str | Path, labelled: bool, cache_dir: str | Path) -> So
     known = open_dataset(where, kept, streamed=True)
     if labelled and not known.class_names:
         raise unlabelled(str(where))
+    lock = Lock()
 
     @cache
     def opened() -> Dataset:
         verify_shards(where)
         return open_dataset(where, kept)
+
+    def read(i: int) -> bytes:
+        with lock:  # or each thread that comes first would open them
+            dataset = opened()
+        return dataset.image_bytes(i)
 
     says = ("", *SPLITS[1:])
     return Source(
@@ -178,7 +187,7 @@ def _open_shards(where: str | Path, labelled: bool, cache_dir: str | Path) -> So
         labels=known.labels_N.tolist(),
         fingerprint=known.manifest.sha256,
         num_bytes=known.manifest.num_bytes,
-        read=lambda i: opened().image_bytes(i),
+        read=read,
         splits=[says[split] for split in known.splits_N] if known.splits_N.any() else (),
     )
 

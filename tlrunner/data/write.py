@@ -2,7 +2,8 @@
 
 Rows are shuffled once, by hash of their keys. Each shard is written to a temporary file, read back,
 hashed, and renamed or uploaded once. `unfinished.json` says after each of them how far the writing
-came, so that the same call continues a broken one; `manifest.json` takes its place at the end.
+came, so that the same call continues a broken one; `manifest.json` takes its place at the end. The
+same call after that finds it done.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tlrunner.data.dataset import load_manifest
 from tlrunner.data.decode import BadImage, StoredImage, normalise
 from tlrunner.data.fetch import open_store
 from tlrunner.data.manifest import (
@@ -28,7 +30,7 @@ from tlrunner.data.manifest import (
     VERSION,
     Manifest,
     Shard,
-    shard_from_json,
+    parse_shard,
     to_json,
 )
 from tlrunner.data.order import epoch_order, limit_rows, sample_ids
@@ -42,6 +44,7 @@ from tlrunner.files import cannot_write, locked, sha256_json
 from tlrunner.machine import num_cpus
 
 _WRITING = ".writing"
+MADE_NAME = "made_from.json"  # what a finished data set was made from
 BAD_NAME = "bad_images.parquet"
 BAD_SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "sha256")])
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 64 << 20, 192 << 20
@@ -137,33 +140,52 @@ class _Writing:
 
     def run(self, progress: Progress | None) -> Manifest:
         self.identity = sha256_json([VERSION, self.source.fingerprint, asdict(self.settings)])
-        done = self._begun()
+        found = self._begun()
+        if isinstance(found, Manifest):
+            return found
+        done = found
         order = _shuffled(self.source, self.settings.limit, self.settings.seed)
         allowed = int(self.max_bad_fraction * len(order))
         rows = _normalised(self.source, order[done.num_seen :], self.settings)
-        while done.num_seen < len(order):
-            self._write_shard(rows, done, len(order), progress, max(allowed, _SAMPLE_OF_BAD))
+        try:
+            self._note(done)
+            while done.num_seen < len(order):
+                self._write_shard(rows, done, len(order), progress, max(allowed, _SAMPLE_OF_BAD))
+        except BaseException:
+            if not done.shards:  # nothing to continue
+                with suppress(StorageError, OSError):
+                    self.store.delete(UNFINISHED_NAME)
+            raise
         if len(done.bad) > allowed or len(done.bad) == len(order):
             raise self._stopped(done, len(order))
         return self._finish(done)
 
-    def _begun(self) -> _Done:
-        """What an earlier call with the same source and settings finished."""
+    def _begun(self) -> "_Done | Manifest":
+        """What an earlier call with the same source and settings finished, in part or in whole."""
         names = {e.name for e in self.store.list() if not e.name.startswith(_WRITING)}
         if not names:
             return _Done()
-        if UNFINISHED_NAME not in names or MANIFEST_NAME in names:
+        noted = next((name for name in (MADE_NAME, UNFINISHED_NAME) if name in names), None)
+        if noted is None:
             raise StorageError(
                 f"{self.store.uri} holds something already", "", "choose another name"
             )
-        found = json.loads(self.store.read(UNFINISHED_NAME))
+        found = json.loads(self.store.read(noted))
         if found["identity"] != self.identity:
             raise StorageError(
                 f"{self.store.uri} was begun from other images or with other settings",
                 "the images and settings that it was begun with",
                 "choose another name, or delete it",
             )
-        shards = [shard_from_json(shard) for shard in found["shards"]]
+        if MANIFEST_NAME in names:
+            self.store.delete(UNFINISHED_NAME)
+            return load_manifest(self.store)
+        shards = [parse_shard(shard) for shard in found["shards"]]
+        absent = {shard.path for shard in shards} - names
+        if absent:
+            raise StorageError(
+                f"{self.store.uri} has lost {min(absent)}, which was finished", "", "delete it"
+            )
         return _Done(found["num_seen"], shards, found["counts"], found["bad"])
 
     def _write_shard(
@@ -208,6 +230,10 @@ class _Writing:
             for name in (shard.index_path, shard.path):
                 self.store.put(name, self.scratch / name)
             done.shards.append(shard)
+        self._note(done)
+
+    def _note(self, done: _Done) -> None:
+        """Say how far it came, so that the same call goes on from there."""
         self._put_text(UNFINISHED_NAME, json.dumps({"identity": self.identity, **asdict(done)}))
 
     def _finish(self, done: _Done) -> Manifest:
@@ -221,6 +247,8 @@ class _Writing:
             num_bad=len(done.bad),
             counts={name: tuple(counts) for name, counts in sorted(done.counts.items())},
         )
+        # beside the manifest, which is to be the same wherever the same images came from
+        self._put_text(MADE_NAME, json.dumps({"identity": self.identity}))
         self._put_text(MANIFEST_NAME, to_json(manifest))
         self.store.delete(UNFINISHED_NAME)
         return manifest

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tlrunner.data.dataset import Dataset
 from tlrunner.data.fetch import open_store
 from tlrunner.data.manifest import Manifest
 from tlrunner.data.write import BAD_NAME
@@ -79,10 +80,12 @@ def exit_code(summary: dict[str, Any]) -> int:
     return {"ok": 0, "partial": 2, "failed": 3, "interrupted": 75}[str(summary["status"])]
 
 
-def copy_bad_images(shards: str, run: RunDir) -> None:
+def copy_bad_images(images: Dataset, run: RunDir) -> None:
     """The list of unusable images stands in the run's directory too, where people look."""
+    if not images.manifest.num_bad:
+        return
     try:
-        listing = open_store(shards).read(BAD_NAME)
+        listing = open_store(images.uri).read(BAD_NAME)
     except FileNotFoundError:
         return
     write_with(run.path / BAD_NAME, lambda copy: copy.write_bytes(listing))

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from tlrunner.config import CACHE_DIR
+from tlrunner.config import CACHE_DIR, DataConfig
 from tlrunner.configfile import config_hash
 from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
 from tlrunner.files import cannot_write, write_json
@@ -121,6 +122,16 @@ def _check_writable(directory: Path) -> None:
         raise cannot_write(directory, err) from err
     if not os.access(directory, os.W_OK):
         raise cannot_write(directory, PermissionError(errno.EACCES, "Permission denied"))
+
+
+def settled_before(run: RunDir, data: DataConfig) -> DataConfig:
+    """A config of images with what it leaves open as the run has it already, if it was begun."""
+    try:
+        begun = json.loads(run.place.store.read("run.json"))["config"]["data"]
+    except FileNotFoundError:
+        return data
+    left_open = [key for key in ("streaming", "decoded_cache") if getattr(data, key) == "auto"]
+    return data.model_copy(update={key: begun[key] for key in left_open})
 
 
 @contextmanager
@@ -238,12 +249,21 @@ def _clear_unsettled(run: RunDir) -> int:
 
 def _is_kept(run: RunDir, record: TrialRecord) -> bool:
     """A trial that ended, and whose best checkpoint is whole."""
-    if record.is_settled and record.best:
-        try:
-            verify_commit(run.trial(record.trial_id).best_checkpoint(record.best))
-        except StorageError:
-            return False
-    return record.is_settled
+    if not (record.is_settled and record.best):
+        return record.is_settled
+    trial = run.trial(record.trial_id)
+    if not _is_whole(trial.best_checkpoint(record.best)) and run.uri:
+        shutil.rmtree(trial.checkpoints)  # of the working copy, which is not what counts
+        trial.place.fetch()
+    return _is_whole(trial.best_checkpoint(record.best))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        verify_commit(checkpoint)
+    except StorageError:
+        return False
+    return True
 
 
 def installed_versions() -> dict[str, str]:

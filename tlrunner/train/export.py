@@ -32,7 +32,7 @@ from tlrunner.data.decode import (
 )
 from tlrunner.data.manifest import Manifest
 from tlrunner.errors import StorageError
-from tlrunner.files import read_json, write_json
+from tlrunner.files import locked, read_json, write_json
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import levels
 from tlrunner.train.checkpoint import (
@@ -132,10 +132,21 @@ def local_model(path: str | Path, cache_dir: str | Path) -> Path:
             commit = place.store.read(COMMIT)
         except FileNotFoundError as err:
             raise StorageError(f"{place} holds no {COMMIT}", "RUN/best of a finished run") from err
-        here = place.path / COMMIT
-        if not here.is_file() or here.read_bytes() != commit:
-            place.fetch()
+        with locked(place.path.with_name(f"{place.path.name}.lock")):
+            if not _is_here(place.path, commit):
+                place.fetch(last=COMMIT)
     return place.path
+
+
+def _is_here(directory: Path, commit: bytes) -> bool:
+    """Whether a directory holds what a COMMIT.json vouches for."""
+    if not (directory / COMMIT).is_file() or (directory / COMMIT).read_bytes() != commit:
+        return False
+    try:
+        verify_commit(directory)
+    except StorageError:
+        return False
+    return True
 
 
 def read_config(directory: Path) -> TrialConfig:

@@ -17,16 +17,43 @@ from tlrunner.data.order import Rows, Splits, split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.store import LocalStore
 from tlrunner.data.world import World
+from tlrunner.errors import ConfigError, DataError
 from tlrunner.machine import memory_bytes
 from tlrunner.uris import local_path
 
 
-def open_data(data: DataConfig, shards: str | None = None) -> tuple[Dataset, Splits]:
-    """The images of a config and their split; written as shards first where they are not yet."""
-    if shards is None or not _is_seen(shards):
-        shards = prepare(data.uri, data.cache_dir, max_bad_fraction=data.max_bad_fraction)
+@dataclass(frozen=True)
+class Images:
+    """Images that were prepared: where they are as shards, and the hash of their manifest."""
+
+    shards: str
+    sha256: str
+
+
+def which(dataset: Dataset) -> Images:
+    return Images(dataset.uri, dataset.manifest.sha256)
+
+
+def open_data(data: DataConfig, images: Images | None = None) -> tuple[Dataset, Splits]:
+    """The images of a config and their split; written as shards first where they are not yet.
+
+    Raises:
+        DataError: they are not `images`, or no images.
+    """
+    is_seen = images is not None and _is_seen(images.shards)
+    shards = (
+        images.shards
+        if images and is_seen
+        else prepare(data.uri, data.cache_dir, max_bad_fraction=data.max_bad_fraction)
+    )
     data = settle_streaming(data, shards)
     dataset = open_dataset(shards, node_cache(data), streamed=data.streaming == "on")
+    if images and dataset.manifest.sha256 != images.sha256:
+        raise DataError(
+            f"{data.uri} is not on this node what it was where the run began",
+            "images that all nodes see, or shards in S3",
+            "prepare them to s3:// with jobs/prepare_images.py",
+        )
     return dataset, split_data(data, dataset)
 
 
@@ -67,11 +94,23 @@ def node_cache(data: _Kept) -> NodeCache:
 
 
 def settle_streaming(data: DataConfig, shards: str) -> DataConfig:
-    """Decide what `streaming: auto` leaves open: shards in S3 that this node cannot keep."""
+    """Decide what `streaming: auto` leaves open: shards in S3 that this node cannot keep.
+
+    Raises:
+        ConfigError: they must be streamed, and are to be kept decoded.
+    """
     if data.streaming != "auto":
         return data
-    streaming = "off" if fits(shards, node_cache(data)) else "on"
-    return data.model_copy(update={"streaming": streaming})
+    cache = node_cache(data)
+    is_on = not fits(shards, cache)
+    if is_on and data.decoded_cache == "on":
+        raise ConfigError(
+            f"data.decoded_cache is on, and the shards in {shards} do not fit into the "
+            f"{cache.limit:,} bytes of the cache, so they would be streamed",
+            "decoded_cache: auto or off",
+            "or raise data.cache_bytes",
+        )
+    return data.model_copy(update={"streaming": "on" if is_on else "off"})
 
 
 def fits(shards: str, cache: NodeCache) -> bool:
@@ -83,7 +122,10 @@ def fits(shards: str, cache: NodeCache) -> bool:
 def settle_decoded_cache(
     data: DataConfig, dataset: Dataset, splits: Splits, preprocesses: Iterable[Preprocess]
 ) -> DataConfig:
-    """Decide what `decoded_cache: auto` leaves open, for all preprocessings of a search at once."""
+    """Decide what `decoded_cache: auto` leaves open, for all preprocessings of a search at once.
+
+    `streaming` is settled before.
+    """
     if data.decoded_cache != "auto":
         return data
     median = np.median(dataset.sizes_N2[splits.train].min(axis=1))
@@ -110,6 +152,8 @@ def use_decoded_cache(
     data: DataConfig, dataset: Dataset, splits: Splits, preprocess: Preprocess
 ) -> None:
     """Have the rows' pixels come from the node's cache, if the config says so."""
+    if dataset.window is not None:
+        return  # streamed: what is not kept encoded is not kept decoded
     if settle_decoded_cache(data, dataset, splits, [preprocess]).decoded_cache == "on":
         kept = _kept(dataset, splits, preprocess)
         dataset.decoded = DecodedCache(

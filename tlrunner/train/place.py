@@ -10,11 +10,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlrunner.data.fetch import download, open_store, ranges
+from tlrunner.data.fetch import RANGE_BYTES, download, open_store, ranges
 from tlrunner.data.store import LocalStore, Store
 from tlrunner.data.threads import map_ahead
 from tlrunner.errors import StorageError
-from tlrunner.files import cannot_write, sha256_text
+from tlrunner.files import cannot_write, sha256_text, write_with
 from tlrunner.uris import local_path
 
 CHECKPOINTS = "checkpoints"
@@ -63,10 +63,11 @@ class Place:
             for name in sorted(names, key=lambda name: (Path(name).name != first, name)):
                 self.store.delete(name)
 
-    def fetch(self, *, without: str = "") -> None:
-        """Make the working copy hold just what is kept below the URI.
+    def fetch(self, *, without: str = "", last: str = "") -> None:
+        """Make the working copy hold just what is kept below the URI; each file whole or absent.
 
-        `without`: leave alone what lies in directories of this name, at any depth.
+        `without`: leave alone what lies in directories of this name, at any depth. `last`: files of
+        this name are fetched after all others.
         """
         if not self.uri:
             return
@@ -79,10 +80,21 @@ class Place:
                 name = file.relative_to(path).as_posix()
                 if name not in sizes and without not in name.split("/"):
                     file.unlink()
-            for _ in map_ahead(lambda name: self._fetch_file(name, sizes[name]), wanted, 4, 8):
-                pass
         except OSError as err:
             raise cannot_write(path, err) from err
+        missing = [name for name in wanted if not self._has_attempt(name, sizes[name])]
+        is_small = {name: sizes[name] <= RANGE_BYTES for name in missing}
+        for _ in map_ahead(
+            lambda name: self._fetch_file(name, sizes[name]),
+            [n for n in missing if is_small[n] and Path(n).name != last],
+            num_threads=8,
+            ahead=16,
+        ):
+            pass
+        for name in [n for n in missing if not is_small[n]]:  # in ranges, side by side
+            self._fetch_file(name, sizes[name])
+        for name in [n for n in missing if is_small[n] and Path(n).name == last]:
+            self._fetch_file(name, sizes[name])
 
     def check(self, name: str, sha256: str) -> None:
         """Read a file back from where it is kept.
@@ -97,15 +109,17 @@ class Place:
         if digest.hexdigest() != sha256:
             raise StorageError(f"{self}/{name} does not read back as it was written")
 
+    def _has_attempt(self, name: str, num_bytes: int) -> bool:
+        """Whether a file of a checkpoint, whose names are never used again, is here already."""
+        file = self.path / name
+        is_attempt = CHECKPOINTS in name.split("/")
+        return is_attempt and file.is_file() and file.stat().st_size == num_bytes
+
     def _fetch_file(self, name: str, num_bytes: int) -> None:
-        target = self.path / name
-        is_attempt = CHECKPOINTS in name.split("/")  # whose names are never used again
-        if is_attempt and target.is_file() and target.stat().st_size == num_bytes:
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
         try:
-            download(self.store, name, target, ranges(num_bytes))
+            write_with(
+                self.path / name, lambda part: download(self.store, name, part, ranges(num_bytes))
+            )
         except FileNotFoundError as err:
             raise StorageError(f"{self}/{name} was removed while it was being fetched") from err
 

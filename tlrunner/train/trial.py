@@ -22,7 +22,7 @@ from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import check, levels, phase_starts
 from tlrunner.train.checkpoint import write_checkpoint
-from tlrunner.train.feed import Feed, open_data, use_decoded_cache
+from tlrunner.train.feed import Feed, Images, open_data, use_decoded_cache
 from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
@@ -43,14 +43,14 @@ def run_trial(
     report: Callable[[EpochReport], object] = print,
     *,
     trial_dir: Place | Path | None = None,
-    shards: str | None = None,
+    images: Images | None = None,
 ) -> TrialResult:
     """Fine-tune one configuration.
 
     Args:
         report: called after each epoch, once what it says is on the disk.
         trial_dir: where metrics and checkpoints go. None: nothing is kept.
-        shards: where the images are as shards, if the caller prepared them already.
+        images: those of `config.data`, if the caller prepared them already.
 
     Raises:
         ConfigError, DataError, ResourceError, StorageError: see each layer.
@@ -62,7 +62,7 @@ def run_trial(
 
     # -- Data and model --------------------------------------------------------------------------
     accelerator = build_accelerator(config)
-    dataset, splits = open_data(config.data, shards)
+    dataset, splits = open_data(config.data, images)
     classifier, preprocess = load_classifier(config, len(dataset.class_names))
     world = World(accelerator.process_index, accelerator.num_processes)
     on_gpu = accelerator.device.type == "cuda"

@@ -25,6 +25,7 @@ from rich.console import Console
 from tlrunner.config import ResourceConfig
 from tlrunner.errors import ResourceError, StorageError
 from tlrunner.jobconfig import JobConfig, SearchConfig
+from tlrunner.train.feed import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir
 from tlrunner.tune.plan import Machine, grant, most_epochs
@@ -116,7 +117,7 @@ def check_shared(directory: Path, holds: str, remedy: str) -> None:
 
 
 def run_search(
-    job: JobConfig, num_trials: int, num_settled: int, run: Place, shards: str, console: Console
+    job: JobConfig, num_trials: int, num_settled: int, run: Place, images: Images, console: Console
 ) -> None:
     """Run every trial of a search to its end; results are in `run`, in trials/.
 
@@ -134,7 +135,7 @@ def run_search(
         return
     with Progress(job, trials, num_trials, console) as progress:
         tuner = tune.Tuner(
-            tune.with_resources(build_trainable(job, trials, shards), resources),
+            tune.with_resources(build_trainable(job, trials, images), resources),
             param_space=_param_space(job),
             tune_config=tune.TuneConfig(
                 metric="val_acc",

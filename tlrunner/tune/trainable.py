@@ -7,6 +7,7 @@ from typing import Any
 from ray import tune
 
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.feed import Images
 from tlrunner.train.place import Place
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
@@ -18,7 +19,9 @@ def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
     return trial_at(job, values["trial"]["index"], values["trial"]["point"])
 
 
-def build_trainable(job: JobConfig, trials: Place, shards: str) -> Callable[[dict[str, Any]], None]:
+def build_trainable(
+    job: JobConfig, trials: Place, images: Images
+) -> Callable[[dict[str, Any]], None]:
     """The function Ray Tune calls with the values of one trial."""
 
     def trainable(values: dict[str, Any]) -> None:
@@ -34,7 +37,7 @@ def build_trainable(job: JobConfig, trials: Place, shards: str) -> Callable[[dic
                 report(finished)
             return
         try:
-            run_trial(planned.config, report, trial_dir=directory.place, shards=shards)
+            run_trial(planned.config, report, trial_dir=directory.place, images=images)
         except Exception as err:  # the border: whatever it is, the trial's directory says so
             directory.fail(err)
             raise
