@@ -219,8 +219,8 @@ def test_a_fetch_that_fails_costs_no_trial(
 
     monkeypatch.setattr(place, "download", failing)
     assert job("train", cache="another") == 73
-    monkeypatch.undo()
-    assert not [p for p in (tmp_path / "another").rglob("trainable.safetensors")]
+    monkeypatch.setattr(place, "download", real)
+    assert not list((tmp_path / "another").rglob("trainable.safetensors"))
     assert job("train", cache="another") == 0
     assert names_in(run) == before
     # a working copy that rotted is no reason to lose a trial either
