@@ -85,17 +85,17 @@ def test_processes_that_are_killed_leave_nothing_in_the_way(tmp_path: Path) -> N
     command = [sys.executable, "-c", PREPARE, str(folder), str(tmp_path / "cache")]
     killed = subprocess.Popen(command, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("cache/shards/.*.tmp")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("cache/shards/*/.writing")) and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not list(tmp_path.glob("cache/shards/*/manifest.json"))
-    assert list(tmp_path.glob("cache/shards/.*.tmp"))
+    assert list(tmp_path.glob("cache/shards/*/.writing"))
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     first, second = (process.communicate(timeout=120)[0].strip() for process in both)
     assert first == second
     assert verify_shards(Path(first)).num_images == 6000
-    assert not list(tmp_path.glob("cache/shards/.*.tmp"))
+    assert not list(tmp_path.glob("cache/shards/*/.writing"))
 
 
 @pytest.mark.slow
