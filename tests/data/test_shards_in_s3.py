@@ -36,6 +36,20 @@ print(sum(len(dataset.image_bytes(row)) for row in range(len(dataset))))
 """
 
 
+TRAIN = """
+import sys
+from tlrunner.config import BackboneConfig, DataConfig, ResourceConfig, TrainConfig, TrialConfig
+from tlrunner.train.trial import run_trial
+result = run_trial(TrialConfig(
+    data=DataConfig(uri=sys.argv[1], cache_dir=sys.argv[2], image_size=32, decoded_cache="on"),
+    backbone=BackboneConfig(name="squeezenet1_1", weights="none"),
+    train=TrainConfig(epochs=2),
+    resources=ResourceConfig(gpus_per_worker=0),
+), lambda report: None)
+print(result.state, result.best.val_loss)
+"""
+
+
 @pytest.fixture
 def shards(rclone_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Several small shards, each of several row groups."""
@@ -56,10 +70,11 @@ def proxy(rclone_bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Any:
         yield proxy
 
 
-def test_processes_at_once_fetch_each_shard_once(
-    shards: str, proxy: FaultProxy, tmp_path: Path
+@pytest.mark.parametrize("script", [OPEN, TRAIN], ids=["processes", "trials"])
+def test_any_number_at_once_fetch_each_shard_once(
+    shards: str, proxy: FaultProxy, tmp_path: Path, script: str
 ) -> None:
-    command = [sys.executable, "-c", OPEN, shards, str(tmp_path / "node")]
+    command = [sys.executable, "-c", script, shards, str(tmp_path / "node")]
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     printed = {reader.communicate()[0] for reader in readers}
     assert all(reader.returncode == 0 for reader in readers)
