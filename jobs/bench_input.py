@@ -9,14 +9,16 @@ same JPEGs in full with simplejpeg (libjpeg-turbo), and to ImageFolder with PIL 
 The last column is the first one in images per second of CPU time, which other work on the machine
 disturbs less. Loaders that are not installed are left out.
 
-Measured on 2 cores of a server that others used too, in 3 rounds (2 at 2000x1500), about 3 minutes
-a set; two cores unless "1 thread" is said. Medians, of decoding alone on one core:
+Measured on 2 cores, in 3 rounds (2 for the other containers at 2000x1500), about 2 minutes a set;
+two cores unless "1 thread" is said. Those of tlrunner and ImageFolder were measured on an idle
+machine, the others on one that was used. Medians, of decoding alone on one core:
 
                                    227x227 photos, 11 KiB   227x227   500x375   2000x1500
-    tlrunner, 1 thread             0.65                     0.66      0.80      1.28
-    tlrunner                       1.03                     1.13      1.57      2.57
-    tlrunner, decoded cache        2.77                     2.75      15.65     143
-    ImageFolder, PIL               0.29                     0.21      0.73      0.95
+    tlrunner, 1 thread             0.65                     0.68      0.83      1.25
+    tlrunner                       1.03                     1.19      1.35      2.54
+    tlrunner, decoded cache        2.77                     3.18      15.1      141
+    ImageFolder, PIL               0.29                     0.32      0.74      0.78
+    ImageFolder, PIL, float32                               0.18      0.55      0.99
     webdataset, PIL                0.26                     0.19      0.81      0.79
     litdata, PIL                   0.28                     0.21      0.75
     Hugging Face streaming, PIL    0.26                     0.17      0.67
