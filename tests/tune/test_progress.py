@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
+from tlrunner.errors import StorageError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import TrialDir
@@ -142,3 +143,16 @@ def test_a_terminal_has_a_table_with_the_running_trials_first(
 
 def test_a_saved_copy_of_the_callback_holds_nothing(search: Search) -> None:
     assert vars(copy.copy(search.progress)) == {}
+
+
+@pytest.mark.parametrize("event", ["on_trial_complete", "on_trial_error"])
+def test_a_store_that_is_down_is_what_ends_the_search(
+    search: Search, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    def down(*_: object, **__: object) -> None:
+        raise StorageError("the store is down")
+
+    monkeypatch.setattr(Place, "fetch", down)
+    with pytest.raises(StorageError, match="is down"):
+        getattr(search.progress, event)(0, [], search.trial)
+    assert str(search.progress.error) == "the store is down"

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tlrunner.errors import TlrunnerError
+from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import State, TrialDir
@@ -53,6 +53,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self.num_trials = num_trials
         self.console = console
         self.rows: dict[str, Row] = {}
+        self.error: StorageError | None = None  # what ended the search; Ray wraps it in its own
         self.started = time.monotonic()
         self.live = Live(
             console=console, get_renderable=self._table, auto_refresh=console.is_terminal
@@ -102,7 +103,11 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def _directory(self, row: Row) -> TrialDir:
         """A trial's directory as its worker, perhaps on another node, left it."""
         directory = TrialDir(self.trials.below(row.planned.trial_id))
-        directory.place.fetch(without=CHECKPOINTS)
+        try:
+            directory.place.fetch(without=CHECKPOINTS)
+        except StorageError as err:
+            self.error = err
+            raise
         return directory
 
     def _row(self, trial: Any) -> Row:
