@@ -70,7 +70,7 @@ def test_damaged_shards_that_nobody_verified_end_in_one_line(
 
 
 def fates_of(shards: Path, workers: Executor, work: Path, *, verify: bool) -> "Counter[str]":
-    files = sorted(path.name for path in shards.iterdir() if path.name != "manifest.json")
+    files = sorted(path.name for path in shards.iterdir() if path.suffix != ".json")
     assert {Path(name).suffix for name in files} == {".parquet", ".npy"}
     read = partial(mutation.read_with_manifest, shards)
     tasks = [partial(read, files[n // 8 % len(files)], verify, n, work) for n in NUMBERS]
