@@ -15,8 +15,8 @@ machine, the others on one that was used. Medians, of decoding alone on one core
 
                                    227x227 photos, 11 KiB   227x227   500x375   2000x1500
     tlrunner, 1 thread             0.65                     0.68      0.83      1.25
-    tlrunner                       1.03                     1.19      1.35      2.54
-    tlrunner, decoded cache        2.77                     3.18      15.1      141
+    tlrunner                       1.03                     1.19      1.58      2.54
+    tlrunner, decoded cache        2.77                     3.18      15.6      141
     ImageFolder, PIL               0.29                     0.32      0.74      0.78
     ImageFolder, PIL, float32                               0.18      0.55      0.99
     webdataset, PIL                0.26                     0.19      0.81      0.79
@@ -25,7 +25,7 @@ machine, the others on one that was used. Medians, of decoding alone on one core
     webdataset, cv2                0.72                     0.60      1.36      2.13
     litdata, cv2                   0.79                     0.82      1.43
     Hugging Face streaming, cv2    0.70                     0.76      1.09
-    Ray Data, cv2                                                     0.07 (at 63 KiB)
+    Ray Data, cv2                                                     0.10
 
 Tried, and did not help: decoding into a buffer that is kept (no difference); 5 to 7 eighths of a
 JPEG's size (slower than all of it); OpenCV's area average (4 times slower than a blur before a
