@@ -1,8 +1,10 @@
 """Shards read from files and streamed from a store: the same bytes, and what can go wrong."""
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tlrunner.data import dataset as dataset_module
 from tlrunner.data import shardfile, write
 from tlrunner.data.augment import TrainTransform
 from tlrunner.data.dataset import Dataset, StoredImages, open_dataset
-from tlrunner.data.loader import eval_batches, train_batches
+from tlrunner.data.loader import Batch, eval_batches, train_batches
 from tlrunner.data.order import window_order
 from tlrunner.data.shards import StreamedShards
 from tlrunner.data.sources import open_source
@@ -48,6 +50,13 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "shards"
 
 
+def loaded(dataset: Dataset, preprocess: Preprocess, **changed: Any) -> Iterator[Batch]:
+    """Training batches of all rows."""
+    transform = TrainTransform(AugmentConfig(), preprocess, 0)
+    settings = {"seed": 0, "epoch": 0, "batch_size": 8, "world": World(), "num_threads": 2}
+    return train_batches(dataset, np.arange(len(dataset)), transform, **settings | changed)
+
+
 def test_streamed_rows_are_the_rows_of_the_files(shards: Path) -> None:
     near, far = open_dataset(shards), open_dataset(shards, streamed=True)
     assert far.keys == near.keys
@@ -79,41 +88,19 @@ def test_an_epoch_that_is_left_early_can_be_followed_by_another(
     shards: Path, preprocess: Preprocess
 ) -> None:
     dataset = open_dataset(shards, streamed=True)
-    transform = TrainTransform(AugmentConfig(), preprocess, 0)
-    rows = np.arange(len(dataset))
     for epoch, taken in ((0, 2), (1, 100)):
-        batches = train_batches(
-            dataset,
-            rows,
-            transform,
-            seed=0,
-            epoch=epoch,
-            batch_size=8,
-            world=World(),
-            num_threads=2,
-        )
+        batches = loaded(dataset, preprocess, epoch=epoch)
         seen = [batch for batch, _ in zip(batches, range(taken), strict=False)]
         batches.close()  # type: ignore[attr-defined]
     assert sum(len(batch.labels_B) for batch in seen) == len(dataset)
 
 
 def test_ranks_stream_the_same_global_batches(shards: Path, preprocess: Preprocess) -> None:
-    transform = TrainTransform(AugmentConfig(), preprocess, 0)
-
     def labels(size: int) -> list[list[int]]:
         ranks = []
         for rank in range(size):
             dataset = open_dataset(shards, streamed=True)
-            batches = train_batches(
-                dataset,
-                np.arange(len(dataset)),
-                transform,
-                seed=0,
-                epoch=1,
-                batch_size=8,
-                world=World(rank, size),
-                num_threads=2,
-            )
+            batches = loaded(dataset, preprocess, epoch=1, world=World(rank, size))
             ranks.append([batch.labels_B.tolist() for batch in batches])
         return [[label for part in parts for label in part] for parts in zip(*ranks, strict=True)]
 
@@ -184,22 +171,12 @@ def test_no_thread_waits_for_groups_that_will_not_be_read(
 ) -> None:
     monkeypatch.setattr(dataset_module, "WINDOW", 1)  # so that look-ahead goes beyond it
     dataset = open_dataset(shards, streamed=True)
-    transform = TrainTransform(AugmentConfig(), preprocess, 0)
     if fault == "absent shards":
         for path in shards.glob("*.parquet"):
             path.unlink()
     if fault == "a damaged image":
         monkeypatch.setattr(type(dataset), "image_bytes", _damaged_but_read)
-    batches = train_batches(
-        dataset,
-        np.arange(len(dataset)),
-        transform,
-        seed=0,
-        epoch=0,
-        batch_size=16,
-        world=World(),
-        num_threads=6,
-    )
+    batches = loaded(dataset, preprocess, batch_size=16, num_threads=6)
     if fault == "left early":
         next(batches)
         batches.close()  # type: ignore[attr-defined]

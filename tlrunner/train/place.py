@@ -82,19 +82,17 @@ class Place:
                     file.unlink()
         except OSError as err:
             raise cannot_write(path, err) from err
+
+        def fetch_file(name: str) -> None:
+            self._fetch_file(name, sizes[name])
+
         missing = [name for name in wanted if not self._has_attempt(name, sizes[name])]
-        is_small = {name: sizes[name] <= RANGE_BYTES for name in missing}
-        for _ in map_ahead(
-            lambda name: self._fetch_file(name, sizes[name]),
-            [n for n in missing if is_small[n] and Path(n).name != last],
-            num_threads=8,
-            ahead=16,
-        ):
+        at_once = [n for n in missing if sizes[n] <= RANGE_BYTES and Path(n).name != last]
+        for _ in map_ahead(fetch_file, at_once, num_threads=8, ahead=16):
             pass
-        for name in [n for n in missing if not is_small[n]]:  # in ranges, side by side
-            self._fetch_file(name, sizes[name])
-        for name in [n for n in missing if is_small[n] and Path(n).name == last]:
-            self._fetch_file(name, sizes[name])
+        # Large files come in ranges, side by side, so one after the other; then the last.
+        for name in sorted(set(missing) - set(at_once), key=lambda n: (Path(n).name == last, n)):
+            fetch_file(name)
 
     def check(self, name: str, sha256: str) -> None:
         """Read a file back from where it is kept.

@@ -158,7 +158,9 @@ def run_search(
         try:
             tuner.fit()
         except Exception as err:
-            raise progress.error or err from err
+            if progress.error:
+                raise progress.error from err
+            raise
         finally:
             shutil.rmtree(ray_dir, ignore_errors=True)  # Ray's pickles, which nothing reads again
     _end_stopped(trials)
