@@ -38,9 +38,9 @@ from tlrunner.data.order import Splits
 from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
 from tlrunner.data.write import write_shards
+from tlrunner.train.device import keep_freed_memory
 from tlrunner.train.feed import use_decoded_cache
 from tlrunner.train.loop import ModelInput
-from tlrunner.train.trial import keep_freed_memory
 
 BATCH_SIZE, SIDE, NUM_PARTS = 64, 224, 4
 REPEATS = 8  # of the images in an epoch, whose beginning and end are no loader's best moments

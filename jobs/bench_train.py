@@ -30,9 +30,10 @@ from tlrunner.data.world import World
 from tlrunner.jobconfig import TrainJob
 from tlrunner.model.freeze import levels
 from tlrunner.run import with_absolute_paths
+from tlrunner.train.device import build_accelerator
 from tlrunner.train.feed import Feed, open_data
 from tlrunner.train.loop import Loop
-from tlrunner.train.trial import build_accelerator, load_classifier
+from tlrunner.train.trial import load_classifier
 
 ROUNDS = 9
 

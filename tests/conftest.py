@@ -116,7 +116,9 @@ def write_trial(tiny_trial: TrialConfig) -> WriteTrial:
             write_checkpoint(trial.checkpoints, 4, {"weight": torch.zeros(1)}, {})
         for epoch, val_acc in enumerate(val_accs, start=1):
             trial.append(
-                EpochReport(epoch, val_acc, val_loss, 2.0, 50.0, 10, 20, 1.5 * epoch, "00000004-0")
+                EpochReport(
+                    epoch, val_acc, val_loss, 2.0, 50.0, 10, 20, 0.01, 1.5 * epoch, "00000004-0"
+                )
             )
         if state:
             trial.end(state, detail)

@@ -292,12 +292,25 @@ class AugmentConfig(Section):
 
 
 class ResourceConfig(Section):
-    """What one trial gets. A trial has one worker process."""
+    """What one trial gets."""
 
+    workers_per_trial: int = Field(1, ge=1, le=1024)
+    """Processes that share each batch of a trial, on one node or on several. The result does not
+    depend on it, but for BatchNorm layers that train on CPUs."""
     cpus_per_worker: int = Field(1, ge=1, le=1024)
     """CPUs, which is also the number of compute threads."""
-    gpus_per_worker: int | None = Field(None, ge=0, le=1)
-    """GPUs. None: one if the machine or cluster has any, else none."""
+    gpus_per_worker: int | float | None = Field(None, ge=0, le=1)
+    """0, 1, or the share of a GPU and its memory that a trial with one worker has, as 0.25. None:
+    1 if the machine or cluster has any, else 0."""
+
+    @model_validator(mode="after")
+    def _workers_have_whole_gpus(self) -> "ResourceConfig":
+        if self.workers_per_trial > 1 and self.gpus_per_worker not in (None, 0, 1):
+            raise ValueError(
+                f"gpus_per_worker is {self.gpus_per_worker}, valid with several workers_per_trial: "
+                "0 or 1, since NCCL takes one worker a GPU"
+            )
+        return self
 
 
 class TrialConfig(Section):
@@ -315,6 +328,12 @@ class TrialConfig(Section):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> "TrialConfig":
         epochs, strategy = self.train.epochs, self.freeze.strategy
+        parts = self.resources.workers_per_trial * self.train.gradient_accumulation_steps
+        if parts > self.train.batch_size:
+            raise ValueError(
+                "resources.workers_per_trial times train.gradient_accumulation_steps is "
+                f"{parts}, valid: at most train.batch_size ({self.train.batch_size})"
+            )
         if self.optim.warmup_epochs >= epochs:
             raise ValueError(
                 f"optim.warmup_epochs is {self.optim.warmup_epochs}, valid: below train.epochs "

@@ -32,10 +32,10 @@ from tlrunner.jobconfig import PredictJob
 from tlrunner.machine import num_cpus
 from tlrunner.report.rundir import check_empty, place_for
 from tlrunner.screen import preparing
+from tlrunner.train.device import keep_freed_memory
 from tlrunner.train.export import Deployed, load, local_model, read_config
 from tlrunner.train.feed import fits, in_reading_order, node_cache, split_data
 from tlrunner.train.loop import ModelInput
-from tlrunner.train.trial import keep_freed_memory
 from tlrunner.uris import absolute
 
 SPLITS = ("train", "val", "test")

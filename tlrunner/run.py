@@ -29,7 +29,14 @@ from tlrunner.screen import preparing, show_summary
 from tlrunner.train.feed import settle_decoded_cache, settle_streaming, split_data, which
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport
-from tlrunner.tune.plan import check_search, check_trial, count_trials, grant_here, show_plan
+from tlrunner.tune.plan import (
+    check_search,
+    check_trial,
+    count_trials,
+    grant,
+    show_plan,
+    this_machine,
+)
 from tlrunner.tune.space import PlannedTrial
 from tlrunner.uris import absolute, is_weights_file, local_path
 
@@ -80,7 +87,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
     """Train one configuration, in this process. Gives the exit code."""
     started = time.monotonic()
     job = with_absolute_paths(job)
-    job = job.model_copy(update={"resources": grant_here(job.resources)})
+    job = job.model_copy(update={"resources": grant(job.resources, [this_machine()])})
     config = job.trial()
     check_trial(config)
     source = open_source(job.data.uri, cache_dir=job.data.cache_dir)

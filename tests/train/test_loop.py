@@ -22,6 +22,7 @@ from tlrunner.config import (
 from tlrunner.data.loader import Batch
 from tlrunner.model.classifier import build_classifier
 from tlrunner.model.freeze import levels
+from tlrunner.train.device import build_accelerator
 from tlrunner.train.loop import (
     DivergedError,
     Loop,
@@ -30,7 +31,6 @@ from tlrunner.train.loop import (
     micro_batches,
     mixed_loss,
 )
-from tlrunner.train.trial import build_accelerator
 
 PREPROCESS = Preprocess(
     image_size=32,
@@ -338,12 +338,12 @@ def test_the_first_loss_that_is_not_finite_names_its_step(
     first_step: int, num_losses: int, data: st.DataObject
 ) -> None:
     losses = [torch.tensor(1.0)] * num_losses
-    check_finite(losses, first_step)
+    check_finite(torch.stack(losses), first_step)
     bad = data.draw(st.sets(st.integers(0, num_losses - 1), min_size=1))
     for index in bad:
         losses[index] = torch.tensor(data.draw(st.sampled_from([float("nan"), float("inf")])))
     with pytest.raises(DivergedError) as caught:
-        check_finite(losses, first_step)
+        check_finite(torch.stack(losses), first_step)
     assert caught.value.step == first_step + min(bad)
 
 

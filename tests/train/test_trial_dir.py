@@ -13,7 +13,7 @@ from tlrunner.train.trial_dir import EpochReport, TrialDir, TrialRecord
 
 WriteTrial = Callable[..., TrialConfig]
 
-REPORT = EpochReport(1, 0.5, 1.0, 2.0, 50.0, 10, 20, 1.5, "00000004-0")
+REPORT = EpochReport(1, 0.5, 1.0, 2.0, 50.0, 10, 20, 0.01, 1.5, "00000004-0")
 LINES = [replace(REPORT, epoch=epoch, checkpoint=None) for epoch in (1, 2, 3)]
 
 

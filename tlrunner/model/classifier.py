@@ -8,7 +8,9 @@ stand still as well.
 import math
 from pathlib import Path
 
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BATCH_NORM
 
 from tlrunner.config import BackboneConfig, HeadConfig, Preprocess
 from tlrunner.errors import StorageError
@@ -69,6 +71,20 @@ class Classifier(nn.Module):
             if name in self._pinned:
                 module.training = False
         return self
+
+    @property
+    def num_moving_norms(self) -> int:
+        """BatchNorm layers whose statistics follow the batches, at the present levels."""
+        was_training = self.training
+        self.train()
+        moving = sum(isinstance(m, BATCH_NORM) and m.training for m in self.modules())
+        self.train(was_training)
+        return moving
+
+    def synchronise_norms(self) -> None:
+        """Have BatchNorm layers that train take their statistics over all workers; needs GPUs."""
+        self.backbone = convert_sync_batchnorm(self.backbone)
+        self.set_levels(self.levels)
 
     def distance_from_head(self, name: str) -> int:
         """Stages between a parameter and the head: 0 in the head, 1 in the last stage."""

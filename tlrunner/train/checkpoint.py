@@ -1,7 +1,8 @@
 """Checkpoints: directories `<step>-<attempt>` that exist once their COMMIT.json does.
 
 A checkpoint holds `trainable.safetensors` (what training changed; frozen weights come from the
-pretrained backbone) and `state.json` (where training stood). COMMIT.json is written last, with the
+pretrained backbone), `state.json` (where training stood) and, where a trial is to go on from it,
+`state.safetensors` (the optimizer's moments and the like). COMMIT.json is written last, with the
 size and SHA-256 of each file, so a reader can tell a whole checkpoint from a torn or rotten one.
 """
 
@@ -21,10 +22,15 @@ from tlrunner.files import read_json, sha256_file, write_json, write_with
 COMMIT = "COMMIT.json"
 TENSORS = "trainable.safetensors"
 STATE = "state.json"
+TRAINING_STATE = "state.safetensors"
 
 
 def write_checkpoint(
-    parent: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+    parent: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    training_state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write and commit `parent/<step>-<attempt>/`; an attempt number is never used twice.
 
@@ -34,6 +40,8 @@ def write_checkpoint(
     attempts = [int(path.name.split("-")[1]) for path in _directories(parent, step)]
     directory = parent / f"{step:08d}-{max(attempts, default=-1) + 1}"
     save_tensors(directory / TENSORS, tensors)
+    if training_state is not None:
+        save_tensors(directory / TRAINING_STATE, training_state)
     write_json(directory / STATE, {"step": step, **state})
     write_commit(directory)
     return directory
@@ -51,10 +59,23 @@ def read_checkpoint(
     return load_file(directory / TENSORS, device=device), read_json(directory / STATE)
 
 
-def others(checkpoint: Path) -> list[Path]:
-    """The checkpoints beside this one, which must be committed first."""
+def read_training_state(directory: Path) -> dict[str, Tensor]:
+    """The tensors, beside the trained ones, that training goes on from; `read_checkpoint` checks.
+
+    Raises:
+        StorageError: the checkpoint was not kept to go on from.
+    """
+    if not (directory / TRAINING_STATE).is_file():
+        raise StorageError(f"{directory} holds no {TRAINING_STATE}", "a checkpoint to go on from")
+    return load_file(directory / TRAINING_STATE)
+
+
+def others(checkpoint: Path, num_last: int = 0) -> list[Path]:
+    """The checkpoints beside this one, which must be committed first, but for the newest ones."""
     assert (checkpoint / COMMIT).exists(), "the checkpoint to keep is not committed"
-    return [directory for directory in _directories(checkpoint.parent) if directory != checkpoint]
+    directories = _directories(checkpoint.parent)
+    kept = {checkpoint, *directories[len(directories) - num_last :]}
+    return [directory for directory in directories if directory not in kept]
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -184,6 +184,27 @@ class Feed:
     def num_threads(self) -> int:
         return self.config.data.num_workers or self.config.resources.cpus_per_worker
 
+    @property
+    def micro_batch_size(self) -> int:
+        """The most images that a worker computes at once."""
+        share = -(-self.config.train.batch_size // self.world.size)
+        return -(-share // self.config.train.gradient_accumulation_steps)
+
+    def check_shares(self) -> None:
+        """Check that each worker has something of each batch.
+
+        Raises:
+            ConfigError: there are more workers than images in a batch.
+        """
+        smallest = len(self.splits.train) // self.num_steps
+        if smallest < self.world.size:
+            raise ConfigError(
+                f"resources.workers_per_trial is {self.world.size}, and a batch of the "
+                f"{len(self.splits.train)} images has {smallest}",
+                f"1..{smallest}",
+                "or raise train.batch_size",
+            )
+
     def train(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch counted from 0."""
         seed = self.config.train.seed

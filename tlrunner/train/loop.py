@@ -41,7 +41,10 @@ class DivergedError(Exception):
 
 
 class Loop:
-    """A model with what it takes to train and to evaluate it, phase by phase."""
+    """A model with what it takes to train and to evaluate it, phase by phase.
+
+    Each worker of a trial has one; figures and weights are the same in all of them.
+    """
 
     def __init__(
         self,
@@ -56,13 +59,29 @@ class Loop:
         self.model_input = ModelInput(preprocess, accelerator.device)
         self.optim = optim
         self.train = train
-        self.model = accelerator.prepare_model(classifier)
+        self.is_shared = accelerator.num_processes > 1  # among several workers
+        if self.is_shared and accelerator.device.type == "cuda":
+            classifier.synchronise_norms()
+        self.model = classifier if self.is_shared else accelerator.prepare_model(classifier)
         self.optimizer: AcceleratedOptimizer | None = None
         self.ema: Ema | None = None
+
+    def has_statistics_apart(self, levels: tuple[Level, ...]) -> bool:
+        """Whether workers would see BatchNorm statistics of their own, which differ, at levels."""
+        self.classifier.set_levels(levels)
+        on_gpu = self.accelerator.device.type == "cuda"
+        return self.is_shared and not on_gpu and self.classifier.num_moving_norms > 0
 
     def enter_phase(self, levels: tuple[Level, ...]) -> None:
         """From now on the stages train as `levels` say; what trained before keeps its moments."""
         self.classifier.set_levels(levels)
+        if self.is_shared:
+            # DistributedDataParallel looks at what trains when it wraps, and never again.
+            inner = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+            self.model = self.accelerator.prepare_model(inner)
+            # What moves in buffers is brought together once an epoch, not in every step.
+            self.model.broadcast_buffers = False
         optimizer = build_optimizer(parameter_groups(self.classifier, self.optim), self.optim)
         former, self.optimizer = self.optimizer, self.accelerator.prepare_optimizer(optimizer)
         if former:  # carried once prepared: preparing moves Adam's step counts to the GPU
@@ -88,27 +107,46 @@ class Loop:
             )
             losses.append(self._step(self.optimizer, batch, sums))
             if len(losses) == LOSS_CHECK_STEPS or index + 1 == num_batches:
-                check_finite(losses, first_step=epoch * num_batches + index + 2 - len(losses))
+                total = self._over_workers(torch.stack(losses))  # so that all of them diverge
+                check_finite(total, first_step=epoch * num_batches + index + 2 - len(losses))
                 losses.clear()
-        return sums.metrics()
+        if self.is_shared:
+            self._average_statistics()
+        return sums.metrics(self._over_workers)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Metrics:
         """Accuracy and mean cross entropy (without smoothing), of the averaged weights if any."""
-        self.model.eval()
+        self.classifier.eval()
         sums = Sums(self.accelerator.device)
         with self.ema.swapped_in() if self.ema else nullcontext():
             for batch in batches:
-                logits_BK = self.model(self._input(batch.images_BHWC))
+                logits_BK = self.classifier(self.prepared(batch.images_BHWC))
                 loss, correct = mixed_loss(logits_BK, batch, label_smoothing=0.0)
                 sums.add(correct, loss, int(batch.mask_B.sum()))
-        return sums.metrics()
+        return sums.metrics(self._over_workers)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Copies of all tensors that training changed, averaged if the config asks for it."""
         with self.ema.swapped_in() if self.ema else nullcontext():
             state = self.classifier.trainable_state()
             return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def _over_workers(self, totals: Tensor) -> Tensor:
+        """The sum over all workers, which each of them gets."""
+        total: Tensor = self.accelerator.reduce(totals, reduction="sum")
+        return total
+
+    @torch.no_grad()
+    def _average_statistics(self) -> None:
+        """Give all workers the same buffers: the mean over workers of what each of them saw."""
+        state = self.classifier.trainable_state()
+        buffers = [name for name, _ in self.classifier.named_buffers() if name in state]
+        for tensors in (state, self.ema.average if self.ema else {}):
+            for name in buffers:
+                if name in tensors and tensors[name].is_floating_point():
+                    mean = self.accelerator.reduce(tensors[name], reduction="mean")
+                    tensors[name].copy_(mean)
 
     def _step(self, optimizer: AcceleratedOptimizer, batch: Batch, sums: Sums) -> Tensor:
         """One optimizer step; gives the summed loss of this rank's images, still on the device."""
@@ -118,7 +156,7 @@ class Loop:
             is_last = index + 1 == len(parts)
             # Gradients of several workers are exchanged once, with the last micro-batch.
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                logits_BK = self.model(self._input(part.images_BHWC))
+                logits_BK = self.model(self.prepared(part.images_BHWC))
                 loss, correct = mixed_loss(logits_BK, part, self.train.label_smoothing)
                 share = self.accelerator.num_processes / batch.num_global
                 self.accelerator.backward(loss * share)
@@ -135,7 +173,8 @@ class Loop:
             self.ema.update()
         return total
 
-    def _input(self, images_BHWC: Tensor) -> Tensor:
+    def prepared(self, images_BHWC: Tensor) -> Tensor:
+        """The model's input: normalised images, in the config's memory layout."""
         images_BCHW = self.model_input(images_BHWC)
         return images_BCHW if self.train.channels_last else images_BCHW.contiguous()
 
@@ -210,8 +249,8 @@ def micro_batches(batch: Batch, num_parts: int) -> Iterator[Batch]:
         )
 
 
-def check_finite(losses: list[Tensor], first_step: int) -> None:
+def check_finite(losses_S: Tensor, first_step: int) -> None:
     """Raise DivergedError with the first step whose loss is NaN or infinite."""
-    finite = torch.isfinite(torch.stack(losses)).tolist()
+    finite = torch.isfinite(losses_S).tolist()
     if not all(finite):
         raise DivergedError(first_step + finite.index(False))

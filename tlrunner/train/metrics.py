@@ -4,6 +4,7 @@ Adding up correct, loss and seen, and dividing once at the end, gives the same f
 batch size and number of workers, which an average of averages does not.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,12 @@ class Sums:
         self.totals[1] += loss
         self.totals[2] += seen
 
-    def metrics(self) -> Metrics:
-        """The division, and the only wait for the device."""
-        correct, loss, seen = self.totals.tolist()
+    def metrics(self, over_workers: Callable[[Tensor], Tensor]) -> Metrics:
+        """The division, and the only wait for the device.
+
+        Args:
+            over_workers: gives each worker the sum of what all of them have.
+        """
+        correct, loss, seen = over_workers(self.totals).tolist()
         assert seen > 0, "metrics of no images"
         return Metrics(acc=correct / seen, loss=loss / seen, seen=int(seen))

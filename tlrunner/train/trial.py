@@ -4,29 +4,38 @@
 its workers.
 """
 
-import ctypes
+import gc
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from tlrunner.config import Preprocess, TrialConfig
+from tlrunner.configfile import with_values
 from tlrunner.data.fetch import fetch
 from tlrunner.data.world import World
-from tlrunner.errors import ConfigError, ResourceError
+from tlrunner.errors import ResourceError
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import check, levels, phase_starts
 from tlrunner.train.checkpoint import write_checkpoint
+from tlrunner.train.device import build_accelerator
 from tlrunner.train.feed import Feed, Images, open_data, use_decoded_cache
 from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.place import Place
+from tlrunner.train.probe import check_memory, latency_seconds
+from tlrunner.train.resume import (
+    load_training_state,
+    read_resumable,
+    training_state,
+)
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 from tlrunner.uris import is_weights_file
+
+SINGLE = World()
 
 
 @dataclass(frozen=True)
@@ -44,101 +53,146 @@ def run_trial(
     *,
     trial_dir: Place | Path | None = None,
     images: Images | None = None,
+    world: World = SINGLE,
+    resume_from: Place | None = None,
+    num_last: int = 0,
+    notes: tuple[str, ...] = (),
 ) -> TrialResult:
     """Fine-tune one configuration.
+
+    A trial whose GPU is too small is started once more, with micro-batches half the size.
 
     Args:
         report: called after each epoch, once what it says is on the disk.
         trial_dir: where metrics and checkpoints go. None: nothing is kept.
         images: those of `config.data`, if the caller prepared them already.
+        world: this worker among those of the trial. All of them call this, and report the same
+            figures; the first one writes.
+        resume_from: a checkpoint with a training state, of this trial or of another, to go on from.
+        num_last: checkpoints of the newest epochs that are kept so, beside that of the best epoch.
+        notes: what a reader of the trial's figures should know.
 
     Raises:
         ConfigError, DataError, ResourceError, StorageError: see each layer.
+        torch.OutOfMemoryError: the trial has several workers, all of which have to start once more.
     """
+    reported = 0
+
+    def report_once(finished: EpochReport) -> None:
+        nonlocal reported
+        if finished.epoch > reported:
+            reported = finished.epoch
+            report(finished)
+
+    attempt = partial(_run, report_once, trial_dir, images, world, resume_from, num_last)
+    try:
+        return attempt(notes, config)
+    except torch.OutOfMemoryError:
+        if world.size > 1:
+            raise
+    # Not before here: the exception held on to everything in the frames that it came through.
+    gc.collect()
+    torch.cuda.empty_cache()
+    smaller, note = with_smaller_micro_batches(config)
+    try:
+        return attempt((*notes, note), smaller)
+    except torch.OutOfMemoryError as err:
+        raise out_of_memory(smaller) from err
+
+
+def with_smaller_micro_batches(config: TrialConfig) -> tuple[TrialConfig, str]:
+    """The same trial in half the memory, and the note that says so.
+
+    Raises:
+        ResourceError: the micro-batches are of one image already.
+    """
+    num_parts = 2 * config.train.gradient_accumulation_steps
+    if num_parts * config.resources.workers_per_trial > config.train.batch_size:
+        raise out_of_memory(config)
+    note = f"out of GPU memory: each batch is computed in {num_parts} micro-batches"
+    return with_values(config, {"train.gradient_accumulation_steps": num_parts}), note
+
+
+def out_of_memory(config: TrialConfig) -> ResourceError:
+    return ResourceError(
+        f"out of GPU memory with train.batch_size {config.train.batch_size} in "
+        f"{config.train.gradient_accumulation_steps} micro-batches and resources.gpus_per_worker "
+        f"{config.resources.gpus_per_worker}",
+        "",
+        "give it more of a GPU, more workers, more gradient_accumulation_steps, or smaller images",
+    )
+
+
+def _run(
+    report: Callable[[EpochReport], object],
+    trial_dir: Place | Path | None,
+    images: Images | None,
+    world: World,
+    resume_from: Place | None,
+    num_last: int,
+    notes: tuple[str, ...],
+    config: TrialConfig,
+) -> TrialResult:
     started = time.monotonic()
-    record = TrialDir(trial_dir) if trial_dir else None
+    resumed = read_resumable(resume_from) if resume_from else None
+    first_epoch, seconds_before = (resumed.epoch, resumed.seconds) if resumed else (0, 0.0)
+    record = TrialDir(trial_dir) if trial_dir and world.rank == 0 else None
     if record:
-        record.begin(config)
+        record.begin(config, notes, after_epoch=first_epoch)
 
-    # -- Data and model --------------------------------------------------------------------------
-    accelerator = build_accelerator(config)
-    dataset, splits = open_data(config.data, images)
-    classifier, preprocess = load_classifier(config, len(dataset.class_names))
-    world = World(accelerator.process_index, accelerator.num_processes)
-    on_gpu = accelerator.device.type == "cuda"
-    use_decoded_cache(config.data, dataset, splits, preprocess)
-    feed = Feed(config, dataset, splits, preprocess, world, pin_memory=on_gpu)
-
-    # -- Freezing --------------------------------------------------------------------------------
-    num_stages = len(classifier.stages.names)
-    check(config.freeze, num_stages, config.backbone.name)
+    # -- Data, model, freezing -------------------------------------------------------------------
+    loop, feed = build(config, images, world)
+    num_stages = len(loop.classifier.stages.names)
     phases = phase_starts(config.freeze, num_stages, config.train.epochs)
-    loop = Loop(accelerator, classifier, preprocess, config.optim, config.train)
+    last_levels = levels(config.freeze, num_stages, phases[-1])
+    if record and loop.has_statistics_apart(last_levels):
+        record.note("BatchNorm statistics are of each worker's part of a batch")
+    if loop.accelerator.device.type == "cuda":
+        check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
+    latency = latency_seconds(loop, feed.preprocess.image_size)
+    if resumed:
+        loop.enter_phase(levels(config.freeze, num_stages, first_epoch - 1))
+        load_training_state(loop, resumed)
 
     # -- Epochs ----------------------------------------------------------------------------------
-    best: EpochReport | None = None
-    for epoch in range(config.train.epochs):
+    best = record.read().best if record else None
+    for epoch in range(first_epoch, config.train.epochs):
         if epoch in phases:
             loop.enter_phase(levels(config.freeze, num_stages, epoch))
         try:
-            finished = _run_epoch(loop, feed, epoch, started)
+            finished = _run_epoch(loop, feed, epoch)
         except DivergedError as err:
             if record:
                 record.end("diverged", str(err))
             return TrialResult("diverged", best, str(err))
-        if best is None or finished.val_acc > best.val_acc:
-            best = finished = _keep(record, loop, feed, finished)
+        seconds = seconds_before + time.monotonic() - started
+        finished = replace(finished, latency_seconds=latency, seconds=seconds)
+        is_best = best is None or finished.val_acc > best.val_acc
+        if record and (is_best or num_last):
+            finished = _keep(record, loop, feed, finished, with_training=num_last > 0)
+        if best is None or is_best:
+            best = finished
         if record:
             record.append(finished)
-            if finished is best:  # recorded as such, so the one it replaces can go
-                record.keep_only(record.best_checkpoint(best))
+            if is_best or num_last:  # recorded as such, so those it replaces can go
+                record.keep_only(record.best_checkpoint(best), num_last)
         report(finished)
     return TrialResult("completed", best)
 
 
-def build_accelerator(config: TrialConfig) -> Accelerator:
-    """Accelerate for this process, on the device and threads that the config grants.
-
-    Raises:
-        ResourceError: a GPU is asked for and there is none.
-        ConfigError: a precision that the device cannot compute in.
-    """
-    gpus = config.resources.gpus_per_worker
-    if gpus and not torch.cuda.is_available():
-        raise ResourceError(
-            f"resources.gpus_per_worker is {gpus}, this machine has no usable GPU",
-            "0, or leave it out",
-        )
-    on_cpu = gpus == 0 or not torch.cuda.is_available()
-    if on_cpu and config.train.mixed_precision == "fp16":
-        raise ConfigError("train.mixed_precision is fp16, which needs a GPU", "no, bf16 (on CPUs)")
-    torch.set_num_threads(config.resources.cpus_per_worker)
-    if on_cpu:
-        keep_freed_memory()
-    # A reused worker may have run a trial in another precision; Accelerate remembers the first.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=on_cpu)
-    if accelerator.num_processes > 1:
-        raise ResourceError(
-            f"a trial was started in {accelerator.num_processes} processes",
-            "one process a trial",
-            "start it with python, not with a launcher",
-        )
-    return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Have glibc, where that is the C library, keep large freed blocks for the next step.
-
-    By default it returns activations to the system after every step and gets them again as pages
-    to be zeroed one by one: a fourth of the CPU time of an EfficientNet at 160 px. Kept, a step is
-    1.35 to 1.5 times faster, and peak memory is the same.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mmap_threshold, trim_threshold = -3, -1  # their numbers in malloc.h
-        for parameter in (mmap_threshold, trim_threshold):
-            mallopt(parameter, 1 << 30)
+def build(config: TrialConfig, images: Images | None, world: World) -> tuple[Loop, Feed]:
+    """What trains, and what it is fed with."""
+    accelerator = build_accelerator(config)
+    dataset, splits = open_data(config.data, images)
+    classifier, preprocess = load_classifier(config, len(dataset.class_names))
+    check(config.freeze, len(classifier.stages.names), config.backbone.name)
+    if world.rank:  # the same weights, and dropout of its own
+        torch.manual_seed(config.train.seed + world.rank)
+    use_decoded_cache(config.data, dataset, splits, preprocess)
+    on_gpu = accelerator.device.type == "cuda"
+    feed = Feed(config, dataset, splits, preprocess, world, pin_memory=on_gpu)
+    feed.check_shares()
+    return Loop(accelerator, classifier, preprocess, config.optim, config.train), feed
 
 
 def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess]:
@@ -164,10 +218,11 @@ def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, 
     return classifier, preprocess
 
 
-def _run_epoch(loop: Loop, feed: Feed, epoch: int, started: float) -> EpochReport:
-    epoch_started = time.monotonic()
+def _run_epoch(loop: Loop, feed: Feed, epoch: int) -> EpochReport:
+    """The figures of an epoch counted from 0; what is known of the trial is added by the caller."""
+    started = time.monotonic()
     trained = loop.train_epoch(feed.train(epoch), epoch, feed.num_steps)
-    train_seconds = time.monotonic() - epoch_started
+    train_seconds = time.monotonic() - started
     validated = loop.evaluate(feed.val())
     if not math.isfinite(validated.loss):
         raise DivergedError(feed.num_steps * (epoch + 1))
@@ -180,22 +235,26 @@ def _run_epoch(loop: Loop, feed: Feed, epoch: int, started: float) -> EpochRepor
         images_per_second=trained.seen / train_seconds,
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
         total_params=sum(p.numel() for p in parameters),
-        seconds=time.monotonic() - started,
+        latency_seconds=0.0,
+        seconds=0.0,
         checkpoint=None,
     )
 
 
-def _keep(record: TrialDir | None, loop: Loop, feed: Feed, report: EpochReport) -> EpochReport:
-    """Commit the checkpoint of a new best epoch."""
-    if record is None:
-        return report
+def _keep(
+    record: TrialDir, loop: Loop, feed: Feed, report: EpochReport, with_training: bool
+) -> EpochReport:
+    """Commit the checkpoint of an epoch."""
+    tensors, numbers = training_state(loop) if with_training else (None, {})
     state = {
         "epoch": report.epoch,
         "val_acc": report.val_acc,
         "val_loss": report.val_loss,
+        "seconds": report.seconds,
         "data_sha256": feed.dataset.manifest.sha256,
+        **numbers,
     }
     step = feed.num_steps * report.epoch
-    directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state)
+    directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state, tensors)
     record.keep(directory)
     return replace(report, checkpoint=directory.name)

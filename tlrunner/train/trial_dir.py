@@ -1,5 +1,7 @@
 """What one trial leaves behind: `trials/<id>/{config.json, metrics.jsonl, end.json, checkpoints/}`.
 
+`notes.txt` has a line for each thing that a reader of its figures should know.
+
 The trial writes an epoch's line before it reports the epoch, so that no figure is ever shown that
 was not saved. A trial that has neither all its epochs nor an end.json was interrupted.
 """
@@ -7,7 +9,7 @@ was not saved. A trial that has neither all its epochs nor an end.json was inter
 import json
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +35,9 @@ class EpochReport:
     images_per_second: float  # of training, validation aside
     trainable_params: int
     total_params: int
+    latency_seconds: float  # for one image, on the device it trains on
     seconds: float  # since the trial began
-    checkpoint: str | None  # directory name of this epoch's checkpoint, if it is the best so far
+    checkpoint: str | None  # directory name of this epoch's checkpoint, if it has one
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class TrialRecord:
     epochs: tuple[EpochReport, ...]
     state: State
     detail: str  # the step of a divergence, the error of a failure
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> EpochReport | None:
@@ -70,17 +74,34 @@ class TrialDir:
     def has_begun(self) -> bool:
         return (self.path / "config.json").exists()
 
-    def begin(self, config: TrialConfig) -> None:
+    def begin(self, config: TrialConfig, notes: Sequence[str] = (), after_epoch: int = 0) -> None:
+        """Start, or start once more behind an epoch: what was told of later ones is forgotten."""
         write_json(self.path / "config.json", config.model_dump(mode="json"))
-        self.place.save(self.path / "config.json")
+        lines = self._lines()
+        kept = [line for line in lines if EpochReport(**json.loads(line)).epoch <= after_epoch]
+        changed = [self.path / "config.json"]
+        if len(kept) < len(lines):
+            write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+            changed.append(self.path / "metrics.jsonl")
+        if notes or (self.path / "notes.txt").exists():
+            write_text(self.path / "notes.txt", "".join(f"{note}\n" for note in notes))
+            changed.append(self.path / "notes.txt")
+        self.place.save(*changed)
+
+    def note(self, note: str) -> None:
+        """One more thing that a reader of the trial's figures should know."""
+        notes = self.path / "notes.txt"
+        known = notes.read_text(encoding="utf-8") if notes.exists() else ""
+        write_text(notes, f"{known}{note}\n")
+        self.place.save(notes)
 
     def keep(self, checkpoint: Path) -> None:
         """Save a checkpoint that is committed."""
         self.place.save_directory(checkpoint, last=COMMIT)
 
-    def keep_only(self, checkpoint: Path) -> None:
-        """Remove the other checkpoints, once a line of the metrics speaks of this one."""
-        for other in others(checkpoint):
+    def keep_only(self, checkpoint: Path, num_last: int = 0) -> None:
+        """Remove all but this checkpoint, which a line of the metrics speaks of, and the newest."""
+        for other in others(checkpoint, num_last):
             self.place.remove(other, first=COMMIT)
 
     def append(self, report: EpochReport) -> None:
@@ -121,10 +142,20 @@ class TrialDir:
         end: Mapping[str, Any] = {"state": "completed" if is_whole else "interrupted"}
         if (self.path / "end.json").exists():
             end = read_json(self.path / "end.json")
-        return TrialRecord(self.path.name, config, epochs, end["state"], end.get("detail", ""))
+        notes = self.path / "notes.txt"
+        return TrialRecord(
+            self.path.name,
+            config,
+            epochs,
+            end["state"],
+            end.get("detail", ""),
+            tuple(notes.read_text(encoding="utf-8").splitlines()) if notes.exists() else (),
+        )
 
     def _epochs(self) -> tuple[EpochReport, ...]:
+        return tuple(EpochReport(**json.loads(line)) for line in self._lines())
+
+    def _lines(self) -> list[str]:
         path = self.path / "metrics.jsonl"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1].splitlines()
-        return tuple(EpochReport(**json.loads(line)) for line in whole_lines)
+        return text[: text.rfind("\n") + 1].splitlines()

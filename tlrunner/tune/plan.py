@@ -1,6 +1,7 @@
 """Everything about a search that can be known, checked or estimated before a trial starts."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,31 +77,46 @@ class Machine:
     def __str__(self) -> str:
         return f"{self.cpus} CPUs and {self.gpus} GPUs"
 
+    def num_workers(self, resources: ResourceConfig) -> int:
+        """How many workers fit here at once."""
+        gpus = resources.gpus_per_worker or 0
+        by_cpus = self.cpus // resources.cpus_per_worker
+        if gpus == 0:
+            return by_cpus
+        return min(by_cpus, self.gpus * int(1 / gpus + 1e-9))
+
+
+def num_places(resources: ResourceConfig, machines: Sequence[Machine]) -> int:
+    """How many trials fit on machines at once; the workers of a trial may be on several."""
+    num_workers = sum(machine.num_workers(resources) for machine in machines)
+    return num_workers // resources.workers_per_trial
+
 
 def grant(resources: ResourceConfig, machines: Sequence[Machine]) -> ResourceConfig:
     """The resources of a trial, with everything left open decided by what there is.
 
     Raises:
-        ResourceError: no single machine has what is asked for.
+        ResourceError: the machines have not what is asked for.
     """
-    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
-    if gpus is None:
-        gpus = int(any(machine.cpus >= cpus and machine.gpus >= 1 for machine in machines))
-    if not any(machine.cpus >= cpus and machine.gpus >= gpus for machine in machines):
-        kinds = sorted({str(machine) for machine in machines})
+    if resources.gpus_per_worker is None:
+        with_gpus = resources.model_copy(update={"gpus_per_worker": 1})
+        fits = num_places(with_gpus, machines) > 0
+        resources = with_gpus if fits else resources.model_copy(update={"gpus_per_worker": 0})
+    if num_places(resources, machines) == 0:
+        kinds = Counter(str(machine) for machine in machines)
+        kinds_text = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
         raise ResourceError(
-            f"resources.cpus_per_worker is {cpus} and resources.gpus_per_worker is {gpus}, which "
-            "no machine here has",
-            " or ".join(f"at most {kind}" for kind in kinds[:3]) or "no machine is there",
-            "ask for less, or use a larger machine",
+            f"resources.cpus_per_worker is {resources.cpus_per_worker}, resources.gpus_per_worker "
+            f"is {resources.gpus_per_worker} and resources.workers_per_trial is "
+            f"{resources.workers_per_trial}, and no such trial fits",
+            "what there is, " + (kinds_text or "no machine"),
+            "ask for less, or add machines",
         )
-    return resources.model_copy(update={"gpus_per_worker": gpus})
+    return resources
 
 
-def grant_here(resources: ResourceConfig) -> ResourceConfig:
-    """What a trial gets in this process."""
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return grant(resources, [Machine(num_cpus(), num_gpus)])
+def this_machine() -> Machine:
+    return Machine(num_cpus(), torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
 
 def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, out: Console) -> None:
@@ -163,8 +179,6 @@ def _concurrent_trials(config: TrialConfig, job: BaseModel) -> int:
     wanted = job.search.max_concurrent_trials if isinstance(job, JobConfig) else 1
     if "RAY_ADDRESS" in os.environ:
         return wanted or 1
-    granted = grant_here(config.resources)
-    places = num_cpus() // granted.cpus_per_worker
-    if granted.gpus_per_worker:
-        places = min(places, torch.cuda.device_count() // granted.gpus_per_worker)
+    here = this_machine()
+    places = num_places(grant(config.resources, [here]), [here])
     return min(wanted or places, places)
