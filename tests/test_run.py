@@ -569,7 +569,9 @@ def test_a_dry_run_of_a_search_starts_nothing(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = tmp_path / "config.json"
     space = {"optim.lr": {"choice": [0.1, 0.01]}}
-    config.write_text(json.dumps({**tiny_tree, "search": {"space": space, "num_trials": 2}}))
+    config.write_text(
+        json.dumps({**tiny_tree, "search": {"space": space, "budget": {"num_trials": 2}}})
+    )
     flags = ["--config", str(config), "--out", str(out), "--dry-run"]
     assert run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags) == 0
     assert "for 2 trials" in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_the_main_job_searches_on_s3(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")
     space = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}
-    search = {"space": space, "num_trials": 3, "max_concurrent_trials": 2}
+    search = {"space": space, "budget": {"num_trials": 3}, "max_concurrent_trials": 2}
     assert job("tune", search=search) == 0
     run = f"{s3_bucket.uri}/runs/mine"
     rows = list(csv.DictReader(open_store(run).read("leaderboard.csv").decode().splitlines()))

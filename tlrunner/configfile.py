@@ -27,6 +27,7 @@ OPEN_MAPS = ("search.space",)  # below these, the rest of a dotted path is one k
 NOT_HASHED: dict[str, Any] = {
     "output": True,
     "log": True,
+    "track": True,
     "resources": True,
     "data": {"cache_dir": True, "num_workers": True, "cache_bytes": True},
 }

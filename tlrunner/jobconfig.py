@@ -6,13 +6,12 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from tlrunner.config import CACHE_DIR, Section, TrialConfig, Uri
-from tlrunner.files import canonical_json
+from tlrunner.searchconfig import SearchConfig
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
-DISTRIBUTION_KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
 
 
 class OutputConfig(Section):
@@ -29,6 +28,28 @@ class LogConfig(Section):
     """What the terminal shows; `debug` adds Ray's messages and tracebacks of user errors."""
 
 
+class TrackConfig(Section):
+    """Who else is told of each epoch. TensorBoard always is, in the run's `tensorboard/`."""
+
+    mlflow_uri: Uri | None = None
+    """Tracking URI of an MLflow server, or `sqlite:///FILE`. None: MLflow is not used."""
+    wandb_project: str | None = Field(None, min_length=1)
+    """Project of Weights & Biases. None: it is not used."""
+    wandb_mode: Literal["offline", "online"] | None = None
+    """`offline` (the default) writes to the run's `wandb/`, for `wandb sync`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_goes_with_a_project(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("wandb_project") is None:
+            if values.get("wandb_mode") is not None:
+                raise ValueError("'wandb_mode' is not used without 'wandb_project'")
+            return values
+        return {**values, "wandb_mode": values.get("wandb_mode") or "offline"}
+
+
 class TrainJob(TrialConfig):
     """`jobs/train.py`: one configuration."""
 
@@ -40,112 +61,26 @@ class TrainJob(TrialConfig):
         return TrialConfig(**{name: getattr(self, name) for name in TrialConfig.model_fields})
 
 
-class Distribution(Section):
-    """Values that a searched key can take: exactly one of the five kinds."""
-
-    choice: tuple[Any, ...] | None = Field(None, min_length=1)
-    """One of these values, with equal chance."""
-    uniform: tuple[float, float] | None = None
-    """A number between two bounds."""
-    loguniform: tuple[float, float] | None = None
-    """A number between two positive bounds, uniform in its logarithm."""
-    randint: tuple[int, int] | None = None
-    """A whole number between two bounds, both included."""
-    grid: tuple[Any, ...] | None = Field(None, min_length=1)
-    """Each of these values in turn (`search.algorithm: grid`)."""
-    when: dict[str, Any] = {}
-    """Used only where these other keys have this value, or one of this list of values."""
-
-    @property
-    def kind(self) -> str:
-        return next(kind for kind in DISTRIBUTION_KINDS if getattr(self, kind) is not None)
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """The choices, or the two bounds."""
-        return tuple(getattr(self, self.kind))
-
-    @model_serializer
-    def _as_written(self) -> dict[str, Any]:
-        return {self.kind: list(self.values), **({"when": self.when} if self.when else {})}
-
-    @model_validator(mode="after")
-    def _is_one_proper_distribution(self) -> "Distribution":
-        given = [kind for kind in DISTRIBUTION_KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of {', '.join(DISTRIBUTION_KINDS)}, has {given}")
-        low, high = (self.values + self.values)[:2]
-        if self.kind in ("uniform", "loguniform", "randint") and not low < high:
-            raise ValueError(f"{self.kind} is [{low}, {high}], valid: lower bound first")
-        if self.kind == "loguniform" and low <= 0:
-            raise ValueError(f"loguniform is [{low}, {high}], valid: positive bounds")
-        try:
-            canonical_json([self.values, self.when])
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"{self.kind} holds a value that JSON has not: {err}") from err
-        return self
-
-
-class SearchConfig(Section):
-    """Which trials run, and which of them are stopped early."""
-
-    variants = {
-        "algorithm": {
-            "random": {"num_trials": 8, "seed": 0},
-            "tpe": {"num_trials": 8, "seed": 0},
-            "grid": {},
-        },
-        "scheduler": {
-            "none": {},
-            "median": {"grace_epochs": 1},
-            "asha": {"grace_epochs": 1, "reduction_factor": 3},
-        },
-    }
-    space: dict[str, tuple[Distribution, ...]] = {}
-    """Dotted key -> distribution, or a list of conditional ones of which the first that fits is
-    used."""
-    algorithm: Literal["random", "grid", "tpe"] = "random"
-    """Independent draws, every combination, or Optuna's tree-structured Parzen estimator."""
-    num_trials: int | None = Field(None, ge=1, le=100_000)
-    """`random`, `tpe`: how many points are tried, fewer where the space has no more."""
-    scheduler: Literal["none", "asha", "median"] = "none"
-    """Early stopping: asynchronous successive halving, or the median rule."""
-    grace_epochs: int | None = Field(None, ge=1)
-    """Epochs that every trial gets before it can be stopped."""
-    reduction_factor: int | None = Field(None, ge=2, le=100)
-    """`asha`: one in this many trials goes on at each rung."""
-    max_epochs: int | None = Field(None, ge=1)
-    """End trials after this many epochs, whatever their train.epochs. None: no such bound."""
-    time_budget_seconds: float | None = Field(None, gt=0)
-    """End the search after this much wall time; the best so far is the result."""
-    max_concurrent_trials: int | None = Field(None, ge=1)
-    """None: as many as the resources allow."""
-    seed: int | None = Field(None, ge=0, lt=2**31)
-    """`random`, `tpe`: of the points that are drawn; the seed of a trial is `train.seed`."""
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _one_distribution_is_a_list_of_one(cls, space: Any) -> Any:
-        if not isinstance(space, dict):
-            return space
-        return {key: [entry] if isinstance(entry, dict) else entry for key, entry in space.items()}
-
-    @model_validator(mode="after")
-    def _grid_goes_with_grid(self) -> "SearchConfig":
-        for key, entries in self.space.items():
-            for entry in entries:
-                if (entry.kind == "grid") != (self.algorithm == "grid"):
-                    raise ValueError(
-                        f"space '{key}' is a {entry.kind}, which does not go with algorithm "
-                        f"'{self.algorithm}'; grid goes with grid, the others with random and tpe"
-                    )
-        return self
-
-
 class JobConfig(TrainJob):
     """`jobs/tune_*.py`: a search over configurations."""
 
     search: SearchConfig = SearchConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _search_fits_the_trial(self) -> "JobConfig":
+        budget, resources = self.search.budget, self.resources
+        if budget and budget.gpu_hours is not None and resources.gpus_per_worker == 0:
+            raise ValueError(
+                "search.budget.gpu_hours is not used with resources.gpus_per_worker 0; "
+                "cpu_hours, wall_seconds and num_trials are"
+            )
+        if self.search.final_repeats and "train.seed" in self.search.space:
+            raise ValueError(
+                "search.final_repeats repeats trials with other seeds, so train.seed cannot be in "
+                "search.space"
+            )
+        return self
 
 
 class PrepareSource(Section):

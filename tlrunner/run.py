@@ -8,27 +8,36 @@ do.
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from tlrunner.config import TrialConfig
+from tlrunner.config import ResourceConfig, TrialConfig
 from tlrunner.data.augment import short_side
 from tlrunner.data.dataset import Dataset, open_dataset, verify_shards
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
 from tlrunner.data.write import WriteSettings, write_shards
-from tlrunner.errors import InterruptedRun, TlrunnerError
-from tlrunner.jobconfig import JobConfig, PrepareJob, SearchConfig, TrainJob
+from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
+from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
 from tlrunner.model.classifier import describe
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
-from tlrunner.report.rundir import RunDir, begun_run, find_run, place_for, settled_before
+from tlrunner.report.rundir import (
+    RunDir,
+    begun_run,
+    find_run,
+    place_for,
+    read_trials,
+    settled_before,
+)
+from tlrunner.report.summary import Judging
 from tlrunner.screen import preparing, show_summary
+from tlrunner.searchconfig import SearchConfig
 from tlrunner.train.feed import settle_decoded_cache, settle_streaming, split_data, which
 from tlrunner.train.trial import run_trial
-from tlrunner.train.trial_dir import EpochReport
+from tlrunner.train.trial_dir import EpochReport, TrialRecord
 from tlrunner.tune.plan import (
     check_search,
     check_trial,
@@ -37,13 +46,14 @@ from tlrunner.tune.plan import (
     show_plan,
     this_machine,
 )
-from tlrunner.tune.space import PlannedTrial
+from tlrunner.tune.space import PlannedTrial, located
 from tlrunner.uris import absolute, is_weights_file, local_path
 
 log = logging.getLogger("tlrunner")
 LOG_NAME = "log.txt"
 AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
 AnyJob = TypeVar("AnyJob", bound=TrainJob)
+Grant = Callable[[ResourceConfig], tuple[ResourceConfig, bool]]
 
 
 def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
@@ -55,6 +65,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
     job = job.model_copy(update={"search": _with_absolute_weights(job.search)})
     trials = check_search(job)
     source = open_source(job.data.uri, cache_dir=job.data.cache_dir)
+    earlier = _earlier_trials(job, out)
     if dry_run:
         show_plan(job, trials, source, out)
         return 0
@@ -64,23 +75,36 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
 
     # -- Images, then trials -----------------------------------------------------------------------
     # Imported here, since the other jobs need no Ray and start the sooner for it.
-    from tlrunner.tune.search import check_shared, connected_to_ray, granted_resources, run_search
+    from tlrunner.tune.cluster import check_shared, connected_to_ray, granted_resources
+    from tlrunner.tune.search import Search, run_search
 
     interrupted = False
     with ExitStack() as held:
         with connected_to_ray(job.log.level):
-            job = job.model_copy(update={"resources": granted_resources(job.resources)})
+            job = _granted(job, granted_resources, out)
             trials = check_search(job)  # once more, now that it is known whether there are GPUs
             job, images = _prepared(job, run, [t.config for t in trials], out)
-            run, num_settled = held.enter_context(_begun(run, job, images, out))
+            # A population is trained together or not at all.
+            anew = job.search.scheduler == "pbt"
+            run, ended = held.enter_context(_begun(run, job, images, out, anew=anew))
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
-            num_trials = count_trials(job.search, trials)
+            search = Search(
+                job=job,
+                num_trials=count_trials(job, trials),
+                started=started,
+                run=run.place,
+                images=which(images),
+                ended=ended,
+                earlier=earlier,
+            )
             try:
-                run_search(job, num_trials, num_settled, run.place, which(images), out)
+                run_search(search, out)
             except KeyboardInterrupt:
                 interrupted = True
-        return _finish(run, images, started, out, interrupted)
+        repeats_of = job.train.seed if job.search.final_repeats else None
+        judging = Judging(repeats_of, job.search.trade_off)
+        return _finish(run, images, started, out, interrupted, judging)
 
 
 def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
@@ -108,10 +132,10 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         )
 
     interrupted = False
-    with _begun(run, job, images, out) as (run, num_settled):
+    with _begun(run, job, images, out) as (run, ended):
         directory = run.trial(planned.trial_id)
         try:
-            if num_settled == 0:  # else only the end is missing
+            if not ended:  # else only the end is missing
                 run_trial(planned.config, show, trial_dir=directory.place, images=which(images))
         except KeyboardInterrupt:
             interrupted = True
@@ -163,7 +187,9 @@ def with_absolute_paths(job: AnyTrial) -> AnyTrial:
 
 
 def _with_absolute_weights(search: SearchConfig) -> SearchConfig:
-    """Likewise for the files among the weights that are searched."""
+    """Likewise for the files among the weights that are searched, and an earlier run."""
+    if search.warm_start:
+        search = search.model_copy(update={"warm_start": absolute(search.warm_start)})
     space = dict(search.space)
     if "backbone.weights" in space:
         space["backbone.weights"] = tuple(
@@ -217,13 +243,16 @@ def _prepared(
 
 @contextmanager
 def _begun(
-    run: RunDir, job: TrainJob, images: Dataset, out: Console
-) -> Iterator[tuple[RunDir, int]]:
-    """The run's directory, ours from here on, with a log and the list of unusable images in it."""
-    with begun_run(run, job, images.manifest.sha256) as (run, num_settled):
+    run: RunDir, job: TrainJob, images: Dataset, out: Console, *, anew: bool = False
+) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
+    """The run's directory, ours from here on, with a log and the list of unusable images in it.
+
+    Yields the trials that ended before, too; none if they are to run `anew`.
+    """
+    with begun_run(run, job, images.manifest.sha256, anew=anew) as (run, ended):
         _log_to(run)
         copy_bad_images(images, run)
-        kept = f": {num_settled} trials are done already" if num_settled else ""
+        kept = f": {len(ended)} trials are done already" if ended else ""
         out.print(f"run {run.place}{kept}", soft_wrap=True)
         if "runtime_resources" in str(run.place).split("/"):
             out.print(
@@ -231,13 +260,56 @@ def _begun(
                 "--out an absolute path to keep the run",
                 soft_wrap=True,
             )
-        yield run, num_settled
+        yield run, ended
 
 
-def _finish(run: RunDir, images: Dataset, started: float, out: Console, interrupted: bool) -> int:
-    if (run.path / LOG_NAME).exists():
-        run.place.save(run.path / LOG_NAME)
-    summary = finish_run(run, images.manifest, time.monotonic() - started, interrupted=interrupted)
+def _granted(job: JobConfig, granted_resources: Grant, out: Console) -> JobConfig:
+    """The job with the resources of a trial on the cluster."""
+    resources, must_grow = granted_resources(job.resources)
+    if must_grow:
+        out.print(
+            f"a trial of {resources.workers_per_trial} workers does not fit on the cluster yet: "
+            "waiting for its autoscaler"
+        )
+    return job.model_copy(update={"resources": resources})
+
+
+def _earlier_trials(job: JobConfig, out: Console) -> list[TrialRecord]:
+    """The trials of the run that the search is to learn from.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if job.search.warm_start is None:
+        return []
+    records = read_trials(job.search.warm_start, job.data.cache_dir)
+    usable = [
+        record for record in records if record.best and located(job, record.config) is not None
+    ]
+    if not usable:
+        raise ConfigError(
+            f"search.warm_start is {job.search.warm_start}, and none of its {len(records)} trials "
+            "lies in search.space",
+            "the directory of a run with a like space",
+        )
+    out.print(f"TPE learns from {len(usable)} of the {len(records)} trials of that run")
+    return usable
+
+
+def _finish(
+    run: RunDir,
+    images: Dataset,
+    started: float,
+    out: Console,
+    interrupted: bool,
+    judging: Judging = Judging(),  # noqa: B008  (it is frozen)
+) -> int:
+    for file in [run.path / LOG_NAME, *sorted((run.path / "tensorboard").glob("*/*"))]:
+        if file.is_file():
+            run.place.save(file)
+    summary = finish_run(
+        run, images.manifest, time.monotonic() - started, judging, interrupted=interrupted
+    )
     if interrupted:
         raise InterruptedRun(
             f"run {run.place} was interrupted",

@@ -80,6 +80,7 @@ def test_the_best_trial_comes_with_the_config_that_repeats_it(
         "epoch",
         "trainable_params",
         "total_params",
+        "latency_seconds",
         "seconds",
     }
     assert (best["trial_id"], best["val_acc"], best["epoch"]) == ("0001-b", 0.75, 1)

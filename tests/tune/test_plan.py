@@ -49,7 +49,9 @@ def test_one_impossible_point_of_a_space_stops_the_search(tiny_tree: Tree) -> No
         "freeze.strategy": {"choice": ["last_stages"]},
         "freeze.num_stages": {"choice": [1, 2, 10]},
     }
-    job = validate(JobConfig, {**tiny_tree, "search": {"space": space, "num_trials": 3}})
+    job = validate(
+        JobConfig, {**tiny_tree, "search": {"space": space, "budget": {"num_trials": 3}}}
+    )
     with pytest.raises(ConfigError, match=r"freeze\.num_stages is 10"):
         check_search(job)
 
@@ -75,7 +77,7 @@ def test_an_image_size_that_the_backbone_cannot_take_is_found_before_anything_st
 
 def test_a_plan_shows_config_trials_and_cost(tiny_tree: Tree) -> None:
     space = {"optim.lr": {"choice": [0.1, 0.01, 0.001]}}
-    text = plan_of(tiny_tree, search={"space": space, "num_trials": 3})
+    text = plan_of(tiny_tree, search={"space": space, "budget": {"num_trials": 3}})
     for fragment in (
         "name: squeezenet1_1",
         "images: 27 train, 9 val, 0 test",
@@ -91,7 +93,9 @@ def test_a_plan_shows_config_trials_and_cost(tiny_tree: Tree) -> None:
 
 def test_a_plan_of_tpe_counts_the_trials_that_will_run(tiny_tree: Tree) -> None:
     space = {"optim.lr": {"loguniform": [0.001, 0.1]}}
-    text = plan_of(tiny_tree, search={"space": space, "algorithm": "tpe", "num_trials": 200})
+    text = plan_of(
+        tiny_tree, search={"space": space, "algorithm": "tpe", "budget": {"num_trials": 200}}
+    )
     assert "for 200 trials" in text
 
 

@@ -64,7 +64,8 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 
 
 def without_seconds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    times = ("seconds", "latency_seconds")
+    return [{key: value for key, value in row.items() if key not in times} for row in rows]
 
 
 def summary_of(run: Path) -> dict[str, Any]:
@@ -79,8 +80,8 @@ def content_of(directory: Path) -> dict[str, str]:
 def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(
     search: Search, runs: Path, tmp_path: Path
 ) -> None:
-    assert search("one", num_trials=4) == 0
-    assert search("other", num_trials=4, max_concurrent_trials=1) == 0
+    assert search("one", budget={"num_trials": 4}) == 0
+    assert search("other", budget={"num_trials": 4}, max_concurrent_trials=1) == 0
     one, other = rows_of(runs / "one"), rows_of(runs / "other")
     assert len(one) == 4
     assert {row["state"] for row in one} == {"completed"}
@@ -101,7 +102,7 @@ def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(
     shutil.rmtree(runs / "one" / "trials" / lost)
     (runs / "one" / "_SUCCESS").unlink()
     kept = content_of(runs / "one" / "trials")
-    assert search("one", num_trials=4) == 0
+    assert search("one", budget={"num_trials": 4}) == 0
     now = content_of(runs / "one" / "trials")
     assert {name: digest for name, digest in now.items() if lost not in name} == kept
     assert without_seconds(rows_of(runs / "one")) == without_seconds(one)
@@ -109,7 +110,7 @@ def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(
 
 def test_a_time_budget_ends_a_search_and_every_trial_of_it(search: Search, runs: Path) -> None:
     space = {"train.epochs": {"choice": [10_000]}, "train.seed": {"randint": [0, 9]}}
-    assert search("one", space, num_trials=3, time_budget_seconds=15) == 0
+    assert search("one", space, budget={"num_trials": 3, "wall_seconds": 25}) == 0
     states = [row["state"] for row in rows_of(runs / "one")]
     assert states
     assert set(states) == {"stopped"}
@@ -141,7 +142,7 @@ def test_a_trial_that_fails_is_told_and_the_others_end(
 
 
 def test_tpe_asks_for_as_many_trials_as_it_was_given(search: Search, runs: Path) -> None:
-    assert search("tpe", algorithm="tpe", num_trials=4, max_concurrent_trials=1) == 0
+    assert search("tpe", algorithm="tpe", budget={"num_trials": 4}, max_concurrent_trials=1) == 0
     rows = rows_of(runs / "tpe")
     assert sorted(row["trial_id"][:4] for row in rows) == ["0000", "0001", "0002", "0003"]
     assert {row["state"] for row in rows} == {"completed"}

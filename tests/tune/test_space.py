@@ -13,7 +13,7 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.tune.space import (
     PlannedTrial,
     Point,
-    planned_points,
+    iter_points,
     planned_trials,
     random_point,
     suggest_point,
@@ -39,6 +39,10 @@ CONDITIONAL: Space = {
 
 def job_of(space: Space, base: dict[str, Any] | None = None, **search: Any) -> JobConfig:
     return validate(JobConfig, {**(base or {}), "search": {"space": space, **search}})
+
+
+def points_of(job: JobConfig) -> list[Point]:
+    return list(iter_points(job))
 
 
 def fits_its_conditions(point: Point) -> bool:
@@ -72,8 +76,8 @@ def test_more_trials_extend_a_random_search(
     seed: int, num_trials: int, num_more: int, which: int
 ) -> None:
     space = (CONDITIONAL, small)[which]
-    few = planned_points(job_of(space, seed=seed, num_trials=num_trials))
-    many = planned_points(job_of(space, seed=seed, num_trials=num_trials + num_more))
+    few = points_of(job_of(space, seed=seed, budget={"num_trials": num_trials}))
+    many = points_of(job_of(space, seed=seed, budget={"num_trials": num_trials + num_more}))
     assert many[: len(few)] == few
     spellings = [canonical_json(point) for point in many]
     assert len(spellings) == len(set(spellings)), "none of them twice"
@@ -89,12 +93,12 @@ def test_a_key_that_joins_the_space_leaves_the_others_as_they_were(seed: int) ->
 
 
 def test_another_seed_gives_other_points() -> None:
-    one, other = (planned_points(job_of(CONDITIONAL, seed=seed)) for seed in (0, 1))
+    one, other = (points_of(job_of(CONDITIONAL, seed=seed)) for seed in (0, 1))
     assert one != other
 
 
 def test_a_small_space_is_exhausted_not_repeated() -> None:
-    points = planned_points(job_of(small, num_trials=50))
+    points = points_of(job_of(small, budget={"num_trials": 50}))
     assert len(points) == 4
 
 
@@ -104,7 +108,7 @@ def test_randint_includes_both_bounds() -> None:
 
 
 def test_without_a_space_there_is_one_trial_the_job_itself() -> None:
-    job = job_of({}, num_trials=8)
+    job = job_of({}, budget={"num_trials": 8})
     assert [trial.config for trial in planned_trials(job)] == [job.trial()]
 
 
@@ -165,7 +169,7 @@ KEYS = ("train.seed", "train.epochs", "train.batch_size", "freeze.num_stages")
 @given(grids)
 def test_a_grid_is_every_combination_each_once(grids: list[list[int]]) -> None:
     space = {key: {"grid": values} for key, values in zip(KEYS, grids, strict=False)}
-    points = planned_points(job_of(space, algorithm="grid"))
+    points = points_of(job_of(space, algorithm="grid"))
     combinations = {tuple(point.values()) for point in points}
     assert combinations == set(itertools.product(*grids))
     assert len(points) == len(combinations)
@@ -173,7 +177,7 @@ def test_a_grid_is_every_combination_each_once(grids: list[list[int]]) -> None:
 
 def test_a_grid_turns_its_last_key_first() -> None:
     space = {"train.seed": {"grid": [1, 2]}, "train.epochs": {"grid": [3, 4]}}
-    points = [tuple(point.values()) for point in planned_points(job_of(space, algorithm="grid"))]
+    points = [tuple(point.values()) for point in points_of(job_of(space, algorithm="grid"))]
     assert points == [(1, 3), (1, 4), (2, 3), (2, 4)]
 
 
@@ -186,7 +190,7 @@ def test_a_grid_with_conditions_has_each_key_where_it_is_used() -> None:
             {"grid": [0.01, 0.001]},
         ],
     }
-    points = [tuple(point.values()) for point in planned_points(job_of(space, algorithm="grid"))]
+    points = [tuple(point.values()) for point in points_of(job_of(space, algorithm="grid"))]
     assert points == [
         ("head", 0.1),
         ("last_stages", 1, 0.01),
@@ -216,7 +220,7 @@ def test_optuna_can_choose_among_lists() -> None:
 
 
 def test_a_sample_of_a_tpe_space_is_known_beforehand() -> None:
-    trials = planned_trials(job_of(CONDITIONAL, algorithm="tpe", num_trials=2))
+    trials = planned_trials(job_of(CONDITIONAL, algorithm="tpe", budget={"num_trials": 2}))
     assert {trial.config.freeze.strategy for trial in trials} == {"head", "last_stages", "full"}
 
 
@@ -224,7 +228,7 @@ def test_a_sample_of_a_tpe_space_is_known_beforehand() -> None:
 
 
 def test_a_trial_is_named_by_its_place_and_the_hash_of_its_config() -> None:
-    trials = planned_trials(job_of(CONDITIONAL, num_trials=12))
+    trials = planned_trials(job_of(CONDITIONAL, budget={"num_trials": 12}))
     ids = [trial.trial_id for trial in trials]
     assert len(set(ids)) == 12
     for index, trial in enumerate(trials):
@@ -264,5 +268,5 @@ def test_a_space_that_cannot_be_searched_is_refused_before_anything_starts(
 
 
 def test_the_image_size_can_be_searched() -> None:
-    job = job_of({"data.image_size": {"choice": [32, 64]}}, num_trials=2)
+    job = job_of({"data.image_size": {"choice": [32, 64]}}, budget={"num_trials": 2})
     assert {trial.config.data.image_size for trial in planned_trials(job)} == {32, 64}

@@ -15,13 +15,18 @@ from tlrunner.data.write import BAD_NAME
 from tlrunner.files import read_json, sha256_text, write_json, write_text, write_with
 from tlrunner.report.page import render_page
 from tlrunner.report.rundir import SUCCESS, RunDir
-from tlrunner.report.summary import Status, leaderboard, leaderboard_csv, summarise
+from tlrunner.report.summary import Judging, Status, leaderboard, leaderboard_csv, summarise
 from tlrunner.train.checkpoint import COMMIT, describe_file, verify_commit
 from tlrunner.train.export import export_model
 
 
 def finish_run(
-    run: RunDir, images: Manifest, wall_seconds: float, *, interrupted: bool = False
+    run: RunDir,
+    images: Manifest,
+    wall_seconds: float,
+    judging: Judging = Judging(),  # noqa: B008  (it is frozen)
+    *,
+    interrupted: bool = False,
 ) -> dict[str, Any]:
     """Write best/, leaderboard.csv, report.html and summary.json, then `_SUCCESS` if all is well.
 
@@ -30,7 +35,7 @@ def finish_run(
     Raises:
         StorageError: something could not be written, or did not read back as written.
     """
-    records = run.records()
+    records = judging.ranked(run.records())
     has_best = bool(records and records[0].best)
     any_failed = any(record.state == "failed" for record in records)
     status: Status = "partial" if any_failed else "ok"
@@ -45,8 +50,8 @@ def finish_run(
         export_model(records[0], run.trial(records[0].trial_id), images, best)
         verify_commit(best)
         run.place.save_directory(best, last=COMMIT)
-    rows = leaderboard(records)
-    summary = summarise(run, records, status, wall_seconds)
+    rows = leaderboard(records, judging)
+    summary = summarise(run, records, status, wall_seconds, judging)
     texts = {
         "leaderboard.csv": leaderboard_csv(rows),
         "report.html": render_page(summary, rows, records),

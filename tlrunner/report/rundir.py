@@ -26,7 +26,7 @@ from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
 from tlrunner.files import cannot_write, write_json
 from tlrunner.jobconfig import OutputConfig
 from tlrunner.train.checkpoint import verify_commit
-from tlrunner.train.place import Place, place_at
+from tlrunner.train.place import CHECKPOINTS, Place, place_at
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
 SUCCESS = "_SUCCESS"
@@ -65,6 +65,19 @@ class RunDir:
         """Every trial that began, best first: by val_acc, then by val_loss, then by id."""
         records = [TrialDir(file.parent).read() for file in self.trials.glob("*/config.json")]
         return sorted(records, key=_rank)
+
+
+def read_trials(uri: str, cache_dir: str) -> list[TrialRecord]:
+    """The trials of any run, best first.
+
+    Raises:
+        StorageError: there is no run.
+    """
+    place = place_at(uri, cache_dir)
+    place.fetch(without=CHECKPOINTS)
+    if not (place.path / "run.json").exists():
+        raise StorageError(f"{place} holds no run.json", "the directory of a run")
+    return RunDir(place.path, "", uri=place.uri).records()
 
 
 def find_run(
@@ -135,14 +148,16 @@ def settled_before(run: RunDir, data: DataConfig) -> DataConfig:
 
 
 @contextmanager
-def begun_run(run: RunDir, job: BaseModel, images_sha256: str) -> Iterator[tuple[RunDir, int]]:
+def begun_run(
+    run: RunDir, job: BaseModel, images_sha256: str, *, anew: bool = False
+) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """Hold a run's directory, and say in it what the run is.
 
     run.json gets the resolved config, its hash, versions, and the hash of the images' manifest.
-    Trials that were cut short or failed are cleared, to run again.
+    Trials that were cut short or failed are cleared, to run again; all of them, if `anew`.
 
     Yields:
-        The run, and the number of trials that ended before and are kept.
+        The run, and the trials that ended before and are kept.
 
     Raises:
         InterruptedRun: another process is writing this run.
@@ -162,7 +177,7 @@ def begun_run(run: RunDir, job: BaseModel, images_sha256: str) -> Iterator[tuple
         }
         write_json(run.path / "run.json", content)
         run.place.save(run.path / "run.json")
-        yield run, _clear_unsettled(run)
+        yield run, _clear_unsettled(run, anew)
 
 
 def _check_same(run: RunDir, images_sha256: str | None = None) -> None:
@@ -239,12 +254,12 @@ def _held(run: RunDir) -> Iterator[None]:
         yield
 
 
-def _clear_unsettled(run: RunDir) -> int:
-    settled = {record.trial_id for record in run.records() if _is_kept(run, record)}
+def _clear_unsettled(run: RunDir, anew: bool) -> list[TrialRecord]:
+    kept = {r.trial_id: r for r in run.records() if not anew and _is_kept(run, r)}
     for directory in sorted(run.trials.iterdir()) if run.trials.is_dir() else ():
-        if directory.name not in settled:
+        if directory.name not in kept:
             run.place.remove(directory)
-    return len(settled)
+    return list(kept.values())
 
 
 def _is_kept(run: RunDir, record: TrialRecord) -> bool:

@@ -2,8 +2,10 @@
 
 import csv
 import io
-from collections import Counter
-from collections.abc import Sequence
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from tlrunner.report.rundir import RunDir, installed_versions
@@ -14,9 +16,82 @@ STATES: tuple[State, ...] = ("completed", "stopped", "diverged", "failed")
 SECTIONS = ("backbone", "freeze", "head", "optim", "train", "augment")
 
 
-def leaderboard(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Spread:
+    """Accuracy of one configuration over seeds that it was not chosen for."""
+
+    num_repeats: int
+    mean_val_acc: float
+    std_val_acc: float | None  # of a sample; None of a single one
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return cls(len(values), statistics.mean(values), spread)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How trials are compared, beside the accuracy of each.
+
+    `first_seed`: where configurations were repeated, the seed of the trials that are no repeats.
+    `trade_off`: the figure that accuracy is weighed against.
+    """
+
+    first_seed: int | None = None
+    trade_off: str | None = None
+
+    def spreads(self, records: Sequence[TrialRecord]) -> dict[int, Spread]:
+        """By the number of the configuration, of those that were repeated."""
+        accuracies: dict[int, list[float]] = defaultdict(list)
+        for record in records:
+            if record.state == "completed" and record.best and self._is_repeat(record):
+                accuracies[record.index].append(record.best.val_acc)
+        return {index: Spread.of(values) for index, values in accuracies.items()}
+
+    def ranked(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The winner first: of the configuration with the best mean, its best repeat."""
+        spreads = self.spreads(records)
+        if not spreads:
+            return list(records)
+        most = max(spread.num_repeats for spread in spreads.values())
+        # One that the budget left with fewer seeds than others was not tried as they were.
+        index = max(
+            (index for index, spread in spreads.items() if spread.num_repeats == most),
+            key=lambda index: spreads[index].mean_val_acc,
+        )
+        winner = next(r for r in records if r.index == index and self._is_repeat(r))
+        return [winner, *(record for record in records if record is not winner)]
+
+    def pareto(self, records: Sequence[TrialRecord]) -> set[str]:
+        """Ids of the trials that no other beats in one of the two figures and equals in both."""
+        figures = {
+            r.trial_id: (-r.best.val_acc, float(getattr(r.best, self.trade_off)))
+            for r in records
+            if r.best and self.trade_off
+        }
+        return {
+            trial_id
+            for trial_id, (error, cost) in figures.items()
+            if not any(
+                e <= error and c <= cost and (e, c) != (error, cost) for e, c in figures.values()
+            )
+        }
+
+    def _is_repeat(self, record: TrialRecord) -> bool:
+        return self.first_seed is not None and record.config.train.seed != self.first_seed
+
+
+SPREAD_COLUMNS = tuple(field.name for field in fields(Spread))
+
+
+def leaderboard(
+    records: Sequence[TrialRecord],
+    judging: Judging = Judging(),
+) -> list[dict[str, Any]]:
     """One row a trial, in the order given, with its best epoch and its config flattened."""
     rows = []
+    spreads, pareto = judging.spreads(records), judging.pareto(records)
     for rank, record in enumerate(records, start=1):
         best = record.best
         rows.append(
@@ -28,13 +103,23 @@ def leaderboard(records: Sequence[TrialRecord]) -> list[dict[str, Any]]:
                 "val_loss": best.val_loss if best else None,
                 "epoch": best.epoch if best else None,
                 "epochs_run": len(record.epochs),
+                **({"pareto": record.trial_id in pareto} if judging.trade_off else {}),
+                **_spread_columns(spreads, record.index),
                 "trainable_params": best.trainable_params if best else None,
+                "total_params": best.total_params if best else None,
+                "latency_seconds": best.latency_seconds if best else None,
                 "seconds": record.epochs[-1].seconds if record.epochs else None,
                 **_flat_config(record),
-                "detail": record.detail,
+                "detail": "; ".join(text for text in (*record.notes, record.detail) if text),
             }
         )
     return rows
+
+
+def _spread_columns(spreads: Mapping[int, Spread], index: int) -> dict[str, Any]:
+    if not spreads:
+        return {}
+    return asdict(spreads[index]) if index in spreads else dict.fromkeys(SPREAD_COLUMNS)
 
 
 def leaderboard_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -51,7 +136,11 @@ def _storable(value: Any) -> Any:
 
 
 def summarise(
-    run: RunDir, records: Sequence[TrialRecord], status: Status, wall_seconds: float
+    run: RunDir,
+    records: Sequence[TrialRecord],
+    status: Status,
+    wall_seconds: float,
+    judging: Judging = Judging(),
 ) -> dict[str, Any]:
     """The object that summary.json holds; `best` is None if no trial has a usable epoch."""
     states = Counter(record.state for record in records)
@@ -61,14 +150,14 @@ def summarise(
         "run": run.path.name,
         "config_hash": run.config_hash,
         "trials": {"total": len(records), **{state: states[state] for state in STATES}},
-        "best": _summarise_best(best) if best else None,
+        "best": _summarise_best(best, judging.spreads(records)) if best else None,
         "wall_seconds": wall_seconds,
         "compute_seconds": sum(r.epochs[-1].seconds for r in records if r.epochs),
         "versions": installed_versions(),
     }
 
 
-def _summarise_best(record: TrialRecord) -> dict[str, Any]:
+def _summarise_best(record: TrialRecord, spreads: Mapping[int, Spread]) -> dict[str, Any]:
     best = record.best
     assert best is not None, "a best trial has a best epoch"
     return {
@@ -79,7 +168,10 @@ def _summarise_best(record: TrialRecord) -> dict[str, Any]:
         "epoch": best.epoch,
         "trainable_params": best.trainable_params,
         "total_params": best.total_params,
+        "latency_seconds": best.latency_seconds,
         "seconds": record.epochs[-1].seconds,
+        **({"notes": list(record.notes)} if record.notes else {}),
+        **({"repeats": asdict(spreads[record.index])} if record.index in spreads else {}),
     }
 
 

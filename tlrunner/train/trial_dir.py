@@ -52,6 +52,11 @@ class TrialRecord:
     notes: tuple[str, ...] = ()
 
     @property
+    def index(self) -> int:
+        """The number of the trial's point; trials that repeat or copy one another share it."""
+        return int(self.trial_id.partition("-")[0])
+
+    @property
     def best(self) -> EpochReport | None:
         """The first epoch with the highest val_acc; None before the first epoch ends."""
         return max(self.epochs, key=lambda report: report.val_acc, default=None)

@@ -1,5 +1,6 @@
 """Everything about a search that can be known, checked or estimated before a trial starts."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from tlrunner.data.manifest import SPLITS, UNSPLIT
 from tlrunner.data.order import sample_ids, split_rows
 from tlrunner.data.source import Source
 from tlrunner.errors import ConfigError, ResourceError
-from tlrunner.jobconfig import JobConfig, SearchConfig
+from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import num_cpus
 from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
 from tlrunner.tune.estimate import Cost, estimate_costs
-from tlrunner.tune.space import PlannedTrial, planned_trials
+from tlrunner.tune.space import PlannedTrial, num_trials_of, planned_trials
 
 MAX_LISTED_TRIALS = 100
 
@@ -44,12 +45,16 @@ def check_search(job: JobConfig) -> list[PlannedTrial]:
     return trials
 
 
-def count_trials(search: SearchConfig, trials: Sequence[PlannedTrial]) -> int:
-    """How many trials will run; TPE plans none beforehand, and a small space has few points."""
-    if search.algorithm != "tpe":
-        return len(trials)
-    assert search.num_trials is not None, "the config fills in num_trials"
-    return search.num_trials
+def count_trials(job: JobConfig, trials: Sequence[PlannedTrial]) -> int | None:
+    """How many trials will run, repeats aside; None where another budget decides.
+
+    TPE plans none beforehand, and a small space has few points.
+    """
+    if job.search.algorithm == "tpe" or (
+        job.search.algorithm == "random" and num_trials_of(job) is None
+    ):
+        return num_trials_of(job)
+    return len(trials)
 
 
 def most_epochs(job: JobConfig) -> int:
@@ -144,16 +149,39 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
         [trial.config for trial in trials], len(source.class_names), num_train, num_val
     )
     _show_trials(trials, costs, out)
-    num_trials = count_trials(job.search, trials) if isinstance(job, JobConfig) else 1
-    seconds = sum(cost.seconds for cost in costs) * num_trials / len(trials) / concurrent
-    longest = max(cost.seconds for cost in costs)
+    num_trials, seconds = _extent(job, trials, costs, concurrent)
     out.print(
-        f"estimate, measured on this machine: {max(seconds, longest):.0f} s for {num_trials} "
+        f"estimate, measured on this machine: {seconds:.0f} s for {num_trials} "
         f"trials, {concurrent} at a time; memory of a trial up to "
         f"{max(cost.memory_bytes for cost in costs) / 2**20:.0f} MiB; image cache "
         f"{source.num_bytes / 2**20:.0f} MiB in {config.data.cache_dir}",
         highlight=False,
     )
+
+
+def _extent(
+    job: BaseModel, trials: Sequence[PlannedTrial], costs: Sequence[Cost], concurrent: int
+) -> tuple[int, float]:
+    """How many trials a job will have, with its repeats, and its seconds by the clock."""
+    mean = sum(cost.seconds for cost in costs) / len(trials)
+    longest = max(cost.seconds for cost in costs)
+    if not isinstance(job, JobConfig):
+        return 1, longest
+    search, budget = job.search, job.search.budget
+    assert budget is not None, "the config fills it in"
+    num_repeats = (search.final_repeats or 0) * (search.final_candidates or 0)
+    wall = budget.wall_seconds or math.inf
+    for hours, per_trial in (
+        (budget.cpu_hours, job.resources.cpus_per_worker),
+        (budget.gpu_hours, job.resources.gpus_per_worker or 1),
+    ):
+        if hours is not None:
+            width = per_trial * job.resources.workers_per_trial * concurrent
+            wall = min(wall, hours * 3600 / width)
+    known = count_trials(job, trials)
+    affordable = math.inf if wall == math.inf else max(1, int(wall * concurrent / mean))
+    num_trials = int(min(affordable, math.inf if known is None else known + num_repeats))
+    return num_trials, min(wall, max(mean * num_trials / concurrent, longest))
 
 
 def _show_trials(trials: Sequence[PlannedTrial], costs: list[Cost], out: Console) -> None:

@@ -10,10 +10,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tlrunner.config import TrialConfig
 from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.place import CHECKPOINTS, Place
-from tlrunner.train.trial_dir import State, TrialDir
+from tlrunner.train.trial_dir import State, TrialDir, TrialRecord
 from tlrunner.tune.space import PlannedTrial
 from tlrunner.tune.trainable import planned_trial
 
@@ -47,7 +48,9 @@ class Row:
 class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     """Follows the trials of a search and records in its directory how each of them ended."""
 
-    def __init__(self, job: JobConfig, trials: Place, num_trials: int, console: Console) -> None:
+    def __init__(
+        self, job: JobConfig, trials: Place, num_trials: int | None, console: Console
+    ) -> None:
         self.job = job
         self.trials = trials
         self.num_trials = num_trials
@@ -71,8 +74,29 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         if self.console.is_terminal:
             self.live.stop()
 
+    def config_of(self, trial: Any) -> TrialConfig:
+        """The config of Ray's trial as it is now."""
+        return self._row(trial).planned.config
+
+    def trial_id_of(self, trial: Any) -> str:
+        """Our name of Ray's trial as it is now."""
+        return self._row(trial).planned.trial_id
+
+    def record_of(self, ray_id: str) -> TrialRecord:
+        """What a trial that ended left, by Ray's id of it."""
+        return self._directory(self.rows[ray_id]).read()
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._row(trial)
+        """A trial starts, goes on, or goes on as a copy of another."""
+        row = self._row(trial)
+        planned = planned_trial(self.job, trial.config)
+        if planned != row.planned:
+            assert planned.copied, "only a copy changes what a trial is"
+            donor, epoch = planned.copied
+            self._directory(row).end(
+                "stopped", f"gave way to a copy of {donor} after epoch {epoch}"
+            )
+            row.planned = planned
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -120,7 +144,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         """A trial whose process was killed could not say so itself."""
         failed: State = "failed"
         try:
-            directory.begin(planned.config)
+            if not directory.has_begun:
+                directory.begin(planned.config)
             directory.end(failed, "its process died or could not start")
         except TlrunnerError as err:
             self.console.print(f"trial {planned.trial_id}: {err}")
@@ -145,7 +170,6 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         best_text = f", best {best.val_acc:.4f} ({best.planned.trial_id})" if best else ""
         hidden = f", {len(rows) - MAX_ROWS} not shown" if len(rows) > MAX_ROWS else ""
         seconds = time.monotonic() - self.started
-        return Group(
-            table,
-            Text(f"{ended} of {self.num_trials} trials ended, {seconds:.0f} s{best_text}{hidden}"),
-        )
+        total = "" if self.num_trials is None else f" of {self.num_trials}"
+        text = f"{ended}{total} trials ended, {seconds:.0f} s{best_text}{hidden}"
+        return Group(table, Text(text))

@@ -5,6 +5,7 @@ before anything starts; TPE asks for one at a time. All three walk the space in 
 (`build_point`), so conditions mean the same to each.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,8 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import config_hash, get_value, with_values
 from tlrunner.errors import ConfigError
 from tlrunner.files import canonical_json
-from tlrunner.jobconfig import Distribution, JobConfig
+from tlrunner.jobconfig import JobConfig
+from tlrunner.searchconfig import Distribution
 
 if TYPE_CHECKING:
     import optuna
@@ -26,20 +28,25 @@ Point = dict[str, Any]
 Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value from it
 
 SHARED_BY_ALL_TRIALS = ("data.", "resources.")
-TRIES_PER_TRIAL = 20  # random draws before a small space is taken to be exhausted
+MAX_REPEATS = 1000  # random draws of known points before a small space is taken to be exhausted
 NUM_PROBES = 64  # random points on which a space is checked that is only asked later
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One trial to run. Its id is its place in the search and the hash of its config."""
+    """One trial to run. Its id is its place in the search and the hash of its config.
+
+    `copied`: the trial and epoch that a population based search has it go on from, if so.
+    """
 
     index: int
     config: TrialConfig
+    copied: tuple[str, int] | None = None
 
     @property
     def trial_id(self) -> str:
-        return f"{self.index:04d}-{config_hash(self.config)[:6]}"
+        epoch = f"-e{self.copied[1]}" if self.copied else ""
+        return f"{self.index:04d}-{config_hash(self.config)[:6]}{epoch}"
 
 
 def build_point(job: JobConfig, ask: Ask) -> Point:
@@ -60,21 +67,29 @@ def build_point(job: JobConfig, ask: Ask) -> Point:
     return point
 
 
-def planned_points(job: JobConfig) -> list[Point]:
-    """All points of a random or grid search, in order, none of them twice.
+def iter_points(job: JobConfig) -> Iterator[Point]:
+    """The points of a random or grid search, in order, none of them twice.
 
-    Point i of a random search depends on the seed and i alone, so more trials extend a search.
+    Point i of a random search depends on the seed and i alone, so more trials extend a search. It
+    ends where `budget.num_trials` says, or when the space has no other points.
     """
-    if job.search.algorithm == "grid":
-        return list({canonical_json(point): point for point in _grid_points(job)}.values())
-    assert job.search.num_trials is not None, "the config fills in num_trials"
-    points: dict[str, Point] = {}
-    for attempt in range(job.search.num_trials * TRIES_PER_TRIAL):
-        point = random_point(job, attempt)
-        points.setdefault(canonical_json(point), point)
-        if len(points) == job.search.num_trials:
-            break
-    return list(points.values())
+    known: set[str] = set()
+    repeats = 0
+    drawn = (random_point(job, attempt) for attempt in itertools.count())
+    for point in _grid_points(job) if job.search.algorithm == "grid" else drawn:
+        if len(known) == num_trials_of(job) or repeats == MAX_REPEATS:
+            return
+        name = canonical_json(point)
+        repeats = repeats + 1 if name in known else 0
+        if name not in known:
+            known.add(name)
+            yield point
+
+
+def num_trials_of(job: JobConfig) -> int | None:
+    """How many trials may run at most, if that is said."""
+    assert job.search.budget is not None, "the config fills it in"
+    return job.search.budget.num_trials
 
 
 def random_point(job: JobConfig, attempt: int) -> Point:
@@ -84,6 +99,39 @@ def random_point(job: JobConfig, attempt: int) -> Point:
         job,
         lambda name, entry: _draw(random.Random(f"{job.search.seed}:{attempt}:{name}"), entry),
     )
+
+
+def located(job: JobConfig, config: TrialConfig) -> dict[str, tuple[Distribution, Any]] | None:
+    """Name -> distribution and value of all that leads to a config; None if nothing does."""
+    found: dict[str, tuple[Distribution, Any]] = {}
+
+    def ask(name: str, entry: Distribution) -> Any:
+        value = get_value(config, name.partition("#")[0])
+        found[name] = entry, value
+        return value
+
+    build_point(job, ask)
+    return found if all(can_be(entry, value) for entry, value in found.values()) else None
+
+
+def point_at(job: JobConfig, config: TrialConfig) -> Point:
+    """The point that leads to a config of the space."""
+    found = located(job, config)
+    assert found is not None, "a config of the space"
+    return {name.partition("#")[0]: value for name, (_, value) in found.items()}
+
+
+def can_be(entry: Distribution, value: Any) -> bool:
+    """Whether a distribution has a value."""
+    if entry.kind in ("choice", "grid"):
+        return _plain(value) in [_plain(choice) for choice in entry.values]
+    low, high = entry.values
+    return isinstance(value, int | float) and bool(low <= value <= high)
+
+
+def _plain(value: Any) -> Any:
+    """Lists of a YAML file are tuples in a config."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def suggest_point(job: JobConfig, trial: "optuna.Trial") -> Point:
@@ -101,14 +149,16 @@ def suggest_point(job: JobConfig, trial: "optuna.Trial") -> Point:
     return build_point(job, ask)
 
 
-def trial_at(job: JobConfig, index: int, point: Point) -> PlannedTrial:
+def trial_at(
+    job: JobConfig, index: int, point: Point, copied: tuple[str, int] | None = None
+) -> PlannedTrial:
     """The trial of a point, validated by the same classes as any config.
 
     Raises:
         ConfigError: the values do not fit together; the message names the point.
     """
     try:
-        return PlannedTrial(index, with_values(job.trial(), point))
+        return PlannedTrial(index, with_values(job.trial(), point), copied)
     except ConfigError as err:
         raise ConfigError(
             f"search.space can give {point}: {err.found}", err.valid, err.remedy
@@ -116,12 +166,16 @@ def trial_at(job: JobConfig, index: int, point: Point) -> PlannedTrial:
 
 
 def planned_trials(job: JobConfig) -> list[PlannedTrial]:
-    """Every trial that can be known beforehand, each validated; for TPE a sample of the space."""
+    """Every trial that can be known beforehand, each validated.
+
+    Of TPE, and of a search with no number of trials, a sample of the space.
+    """
     _check_keys(job)
     if job.search.algorithm == "tpe":
         points = [random_point(job, attempt) for attempt in range(NUM_PROBES)]
     else:
-        points = planned_points(job)
+        is_known = job.search.algorithm == "grid" or num_trials_of(job) is not None
+        points = list(itertools.islice(iter_points(job), None if is_known else NUM_PROBES))
     return [trial_at(job, index, point) for index, point in enumerate(points)]
 
 

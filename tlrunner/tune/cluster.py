@@ -1,0 +1,118 @@
+"""The Ray cluster: the connection to it, what its nodes see, and how many trials fit on it."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray._private.state import state as ray_state
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tlrunner.config import ResourceConfig
+from tlrunner.errors import ResourceError, StorageError
+from tlrunner.tune.plan import Machine, grant, num_places
+
+# Ray reads these when it starts: the project has its own table, its own records and its own way to
+# stop, and with SIGINT left to Ray an interrupted run would end as a success.
+RAY_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def connected_to_ray(log_level: str) -> Iterator[None]:
+    """The cluster that RAY_ADDRESS or this machine has, or else a local one, inside this block.
+
+    Raises:
+        ResourceError: there is one, and it cannot be reached.
+    """
+    os.environ.update(RAY_SETTINGS)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=log_level == "debug",
+            logging_level="DEBUG" if log_level == "debug" else "ERROR",
+        )
+    except (ConnectionError, RuntimeError, ValueError, RayError) as err:
+        raise ResourceError(
+            f"no connection to the Ray cluster at {os.environ.get('RAY_ADDRESS', 'this machine')}: "
+            f"{str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__}",
+            "",
+            "check RAY_ADDRESS, the token (RAY_AUTH_MODE, ~/.ray/auth_token) and the versions",
+        ) from err
+    # Ray's own SIGTERM handlers exit or abort at once; the one before ends the run in order.
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def machines() -> list[Machine]:
+    """The nodes there are now."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Machine(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+
+
+def machines_to_come() -> Machine | None:
+    """All that an autoscaler may add up to, as one machine; None without an autoscaler."""
+    # Not public, yet what Ray Train itself asks before it waits for workers.
+    most = ray_state.get_max_resources_from_cluster_config()
+    return Machine(int(most.get("CPU", 0)), int(most.get("GPU", 0))) if most else None
+
+
+def granted_resources(resources: ResourceConfig) -> tuple[ResourceConfig, bool]:
+    """What a trial gets on the connected cluster, and whether the cluster must grow for it.
+
+    Raises:
+        ResourceError: no trial can ever fit.
+    """
+    to_come = machines_to_come()
+    try:
+        return grant(resources, machines()), False
+    except ResourceError:
+        if to_come is None:
+            raise
+        return grant(resources, [to_come]), True
+
+
+def places_now(resources: ResourceConfig) -> int:
+    """Trials to have under way on the cluster as it is, one more than fit where it can grow."""
+    return num_places(resources, machines()) + (machines_to_come() is not None)
+
+
+def check_shared(directory: Path, holds: str, remedy: str) -> None:
+    """Check that every node sees a directory that its trials use.
+
+    Args:
+        holds: a file in it.
+
+    Raises:
+        StorageError: a node does not.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return
+    sees = ray.remote(num_cpus=0)(lambda path: Path(path).is_file())
+    seen = [
+        sees.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(str(directory / holds))
+        for node in nodes
+    ]
+    blind = [
+        node["NodeName"] for node, is_seen in zip(nodes, ray.get(seen), strict=True) if not is_seen
+    ]
+    if blind:
+        raise StorageError(
+            f"{directory} is not seen from {len(blind)} of {len(nodes)} nodes, e.g. {blind[0]}",
+            "a directory that all nodes share, or s3://",
+            remedy,
+        )

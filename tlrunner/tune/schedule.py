@@ -1,0 +1,186 @@
+"""Who stops early: Ray's schedulers, shown a trial only once it may be judged.
+
+A trial with a frozen phase or a warm-up learns slowly at first by design. Until both are over, and
+one epoch after them, its figures are kept from the scheduler: it is neither stopped by them nor are
+others measured against them.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+
+from tlrunner.config import TrialConfig
+from tlrunner.jobconfig import JobConfig
+from tlrunner.model.classifier import describe
+from tlrunner.model.freeze import phase_starts
+from tlrunner.searchconfig import Distribution
+from tlrunner.tune.plan import most_epochs
+from tlrunner.tune.space import Point, build_point, can_be, random_point
+
+SOME_YEARS = 1e8  # seconds: rungs in seconds have no last one
+PERTURBATIONS = (0.8, 1.2)  # factors of Jaderberg et al., 2017
+RESAMPLED = 0.25  # share of the copied values that are drawn anew
+# What can change in a trial that is under way; anything else comes with the copied weights.
+CHANGEABLE = (
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.momentum",
+    "optim.layer_decay",
+    "optim.max_grad_norm",
+    "train.label_smoothing",
+    "augment.",
+)
+
+
+def protected_epochs(config: TrialConfig) -> int:
+    """Epochs at whose end a trial is not to be judged: of frozen phases, and of warm-up."""
+    num_stages = len(describe(config.backbone, config.data.image_size).stage_names)
+    thawed = phase_starts(config.freeze, num_stages, config.train.epochs)[-1]
+    return max(thawed, math.ceil(config.optim.warmup_epochs))
+
+
+class _Fair:
+    """Before a scheduler: results of protected epochs do not reach it.
+
+    `protected_of`, set after construction, gives the protected epochs of Ray's trial.
+    """
+
+    protected_of: Callable[[Trial], int]
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if result["epoch"] <= self.protected_of(trial):
+            return str(TrialScheduler.CONTINUE)
+        decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
+        return decision
+
+
+class Asha(_Fair, AsyncHyperBandScheduler):  # type: ignore[misc]  # ray is not typed
+    """Asynchronous successive halving."""
+
+
+class HyperBand(_Fair, HyperBandScheduler):  # type: ignore[misc]
+    """HyperBand, whose trials wait for each other at each rung."""
+
+
+class Median(_Fair, MedianStoppingRule):  # type: ignore[misc]
+    """Stops what is worse than the median of the others so far."""
+
+
+class Population(_Fair, PopulationBasedTraining):  # type: ignore[misc]
+    """Population based training on the project's own checkpoints.
+
+    Trials meet after each interval; then the worst quarter goes on from the weights of one of the
+    best, with its values perturbed. Ray would copy a Tune checkpoint, of which these trials have
+    none: where the checkpoint of theirs is, the copying trial is told among its values.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        super().__init__(
+            time_attr="epoch",
+            perturbation_interval=job.search.perturbation_epochs,
+            custom_explore_fn=_unused,
+            log_config=False,
+            synch=True,
+        )
+        self.job = job
+        self.random = random.Random(job.search.seed or 0)
+        self.trial_id_of: Callable[[Trial], str]
+
+    def _checkpoint_or_exploit(
+        self, trial: Trial, controller: Any, upper: list[Trial], lower: list[Trial]
+    ) -> None:
+        if trial not in lower:
+            return
+        donor = self.random.choice(upper)
+        told = self._trial_state[donor].last_result
+        if trial.status != Trial.PAUSED:
+            controller.pause_trial(trial, should_checkpoint=False)
+        values = {
+            "index": trial.config["trial"]["index"],
+            "point": explored(self.job, donor.config["trial"]["point"], self.random),
+            "copied": [self.trial_id_of(donor), told["epoch"], told["checkpoint"]],
+        }
+        trial.set_config({"trial": values})
+        self._trial_state[trial].last_train_time = self._trial_state[donor].last_train_time
+
+
+def _unused(config: dict[str, Any]) -> dict[str, Any]:
+    raise AssertionError("Population explores by itself")
+
+
+def explored(job: JobConfig, point: Point, rng: random.Random) -> Point:
+    """A point near another: each changeable value perturbed within its bounds, or drawn anew."""
+    drawn = random_point(job, rng.randrange(2**31))
+
+    def ask(name: str, entry: Distribution) -> Any:
+        key = name.partition("#")[0]
+        if key not in point or not key.startswith(CHANGEABLE):
+            return point.get(key, drawn.get(key, entry.values[0]))
+        if key in drawn and rng.random() < RESAMPLED and can_be(entry, drawn[key]):
+            return drawn[key]
+        return _perturbed(entry, point[key], rng)
+
+    return build_point(job, ask)
+
+
+def _perturbed(entry: Distribution, value: Any, rng: random.Random) -> Any:
+    if entry.kind in ("choice", "grid"):
+        place = entry.values.index(value) + rng.choice((-1, 1))
+        return entry.values[min(max(place, 0), len(entry.values) - 1)]
+    low, high = entry.values
+    moved = min(max(value * rng.choice(PERTURBATIONS), low), high)
+    return round(moved) if entry.kind == "randint" else moved
+
+
+def build_scheduler(
+    job: JobConfig, config_of: Callable[[Trial], TrialConfig], trial_id_of: Callable[[Trial], str]
+) -> TrialScheduler | None:
+    """The scheduler of a search.
+
+    Args:
+        config_of, trial_id_of: of Ray's trial, as they are now.
+    """
+    search = job.search
+    scheduler: Any
+    if search.scheduler == "none":
+        return None
+    if search.scheduler == "asha":
+        in_seconds = search.grace_seconds is not None
+        scheduler = Asha(
+            time_attr="seconds" if in_seconds else "epoch",
+            max_t=SOME_YEARS if in_seconds else most_epochs(job),
+            grace_period=search.grace_seconds if in_seconds else search.grace_epochs,
+            reduction_factor=search.reduction_factor,
+        )
+    elif search.scheduler == "hyperband":
+        scheduler = HyperBand(
+            time_attr="epoch", max_t=most_epochs(job), reduction_factor=search.reduction_factor
+        )
+    elif search.scheduler == "median":
+        scheduler = Median(time_attr="epoch", grace_period=search.grace_epochs)
+    else:
+        scheduler = Population(job)
+        scheduler.trial_id_of = trial_id_of
+    scheduler.protected_of = lambda trial: protected_epochs(config_of(trial))
+    return scheduler
+
+
+def num_last(job: JobConfig) -> int:
+    """Newest checkpoints that a trial must keep, for itself after a pause and for its copiers.
+
+    A trial can be at most one interval ahead of one that is about to copy it.
+    """
+    if job.search.scheduler == "pbt":
+        assert job.search.perturbation_epochs is not None, "the config fills it in"
+        return job.search.perturbation_epochs + 1
+    return int(job.search.scheduler == "hyperband")

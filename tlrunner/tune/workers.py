@@ -1,0 +1,136 @@
+"""One trial in several workers: a Ray Train run, driven from the trial's own process.
+
+The workers tell each epoch to the driver and wait for its answer before the next, so that none runs
+on while the search decides. They end by themselves when the answer is no, which frees their place
+at once; if the driver is killed, Ray ends them.
+"""
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from ray import train
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from tlrunner.config import TrialConfig
+from tlrunner.data.world import World
+from tlrunner.errors import TlrunnerError
+from tlrunner.train.trial import out_of_memory, run_trial, with_smaller_micro_batches
+from tlrunner.train.trial_dir import EpochReport
+
+POLL_SECONDS = 0.5
+END_SECONDS = 20.0  # that workers get to end after they were told to
+
+
+class _EndedError(Exception):
+    """The search ended the trial."""
+
+
+def run_in_workers(
+    config: TrialConfig,
+    report: Callable[[EpochReport], object],
+    *,
+    notes: tuple[str, ...] = (),
+    **keeping: Any,
+) -> None:
+    """`run_trial` in `resources.workers_per_trial` processes, on one node or on several.
+
+    Raises:
+        What a worker raised, its own errors first; see `run_trial`.
+    """
+    reported = 0
+
+    def report_once(finished: EpochReport) -> None:
+        nonlocal reported
+        if finished.epoch > reported:
+            reported = finished.epoch
+            report(finished)
+
+    try:
+        _drive(config, report_once, {**keeping, "notes": notes})
+        return
+    except torch.OutOfMemoryError:
+        smaller, note = with_smaller_micro_batches(config)
+    try:
+        _drive(smaller, report_once, {**keeping, "notes": (*notes, note)})
+    except torch.OutOfMemoryError as err:
+        raise out_of_memory(smaller) from err
+
+
+def _drive(
+    config: TrialConfig, report: Callable[[EpochReport], object], keeping: dict[str, Any]
+) -> None:
+    """Start the workers, pass on what they report, and see them end."""
+    resources = config.resources
+    told, answers = (Queue(1, actor_options={"num_cpus": 0}) for _ in range(2))
+    # Train keeps nothing there: trials have checkpoints of their own, in the run's directory.
+    storage = tempfile.mkdtemp(prefix="tlrunner-train-")
+    trainer = TorchTrainer(
+        partial(_work, config, keeping, told, answers),
+        scaling_config=train.ScalingConfig(
+            num_workers=resources.workers_per_trial,
+            use_gpu=bool(resources.gpus_per_worker),
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": 1} if resources.gpus_per_worker else {}),
+            },
+        ),
+        run_config=train.RunConfig(name="trial", storage_path=storage),
+    )
+    failure: list[BaseException] = []
+    running = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
+    running.start()
+    try:
+        while running.is_alive() or not told.empty():
+            with suppress(Empty):
+                report(told.get(timeout=POLL_SECONDS))
+                answers.put(True)
+        if failure:
+            raise _cause(failure[0])
+    finally:
+        answers.put(False)  # to workers that are still there, as the search ends the trial
+        running.join(END_SECONDS)
+        for queue in (told, answers):
+            queue.shutdown(force=True)
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except Exception as err:  # noqa: BLE001  (raised in the driver's own thread)
+        failure.append(err)
+
+
+def _work(config: TrialConfig, keeping: dict[str, Any], told: Queue, answers: Queue) -> None:
+    """What each worker runs."""
+    context = train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+
+    def report(finished: EpochReport) -> None:
+        goes_on = torch.ones(1)
+        if world.rank == 0:
+            told.put(finished)
+            goes_on[0] = answers.get()
+        device = torch.device("cuda") if config.resources.gpus_per_worker else torch.device("cpu")
+        goes_on = goes_on.to(device)
+        torch.distributed.broadcast(goes_on, src=0)
+        if not goes_on.item():
+            raise _EndedError
+
+    with suppress(_EndedError):
+        run_trial(config, report, world=world, **keeping)
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """The error that ended the workers: one of ours before others, and those before deaths."""
+    of_workers = getattr(failure, "worker_failures", {}).values()
+    causes = [getattr(err, "_base_exc", err) for err in of_workers] or [failure]
+    kinds = (TlrunnerError, torch.OutOfMemoryError)
+    return next((err for err in causes if isinstance(err, kinds)), causes[0])
