@@ -34,7 +34,7 @@ from tlrunner.report.rundir import (
 )
 from tlrunner.report.summary import Judging
 from tlrunner.screen import preparing, show_summary
-from tlrunner.searchconfig import SearchConfig
+from tlrunner.searchconfig import BudgetConfig, SearchConfig
 from tlrunner.train.feed import settle_decoded_cache, settle_streaming, split_data, which
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialRecord
@@ -108,7 +108,11 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
 
 
 def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
-    """Train one configuration, in this process. Gives the exit code."""
+    """Train one configuration, in this process or in several workers. Gives the exit code."""
+    if job.resources.workers_per_trial > 1:  # it takes Ray to place them: a search of one trial
+        search = SearchConfig(budget=BudgetConfig(num_trials=1))
+        tree = {name: getattr(job, name) for name in TrainJob.model_fields}
+        return tune(JobConfig(**tree, search=search), job_name, out, dry_run)
     started = time.monotonic()
     job = with_absolute_paths(job)
     job = job.model_copy(update={"resources": grant(job.resources, [this_machine()])})

@@ -84,8 +84,13 @@ def granted_resources(resources: ResourceConfig) -> tuple[ResourceConfig, bool]:
 
 
 def places_now(resources: ResourceConfig) -> int:
-    """Trials to have under way on the cluster as it is, one more than fit where it can grow."""
-    return num_places(resources, machines()) + (machines_to_come() is not None)
+    """Trials to have under way on the cluster as it is.
+
+    One more than fit waits where trials have several workers, whose drivers take some seconds to
+    start, and where the cluster can grow for it.
+    """
+    waits = resources.workers_per_trial > 1 or machines_to_come() is not None
+    return num_places(resources, machines()) + waits
 
 
 def check_shared(directory: Path, holds: str, remedy: str) -> None:

@@ -52,13 +52,15 @@ def protected_epochs(config: TrialConfig) -> int:
 class _Fair:
     """Before a scheduler: results of protected epochs do not reach it.
 
-    `protected_of`, set after construction, gives the protected epochs of Ray's trial.
+    Nor does that of the last epoch, with which a trial ends by itself: the scheduler hears of it
+    then. `config_of`, set after construction, gives the config of Ray's trial.
     """
 
-    protected_of: Callable[[Trial], int]
+    config_of: Callable[[Trial], TrialConfig]
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        if result["epoch"] <= self.protected_of(trial):
+        config = self.config_of(trial)
+        if not protected_epochs(config) < result["epoch"] < config.train.epochs:
             return str(TrialScheduler.CONTINUE)
         decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
         return decision
@@ -74,6 +76,9 @@ class HyperBand(_Fair, HyperBandScheduler):  # type: ignore[misc]
 
 class Median(_Fair, MedianStoppingRule):  # type: ignore[misc]
     """Stops what is worse than the median of the others so far."""
+
+    def _on_insufficient_samples(self, controller: Any, trial: Trial, time: float) -> str:
+        return str(TrialScheduler.CONTINUE)  # instead of a pause, behind which nothing would go on
 
 
 class Population(_Fair, PopulationBasedTraining):  # type: ignore[misc]
@@ -112,6 +117,24 @@ class Population(_Fair, PopulationBasedTraining):  # type: ignore[misc]
         }
         trial.set_config({"trial": values})
         self._trial_state[trial].last_train_time = self._trial_state[donor].last_train_time
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        super().on_trial_complete(controller, trial, result)
+        self._wait_no_more(controller, trial)
+
+    def on_trial_error(self, controller: Any, trial: Trial) -> None:
+        super().on_trial_error(controller, trial)
+        self._wait_no_more(controller, trial)
+
+    def _wait_no_more(self, controller: Any, ended: Trial) -> None:
+        """Let the others go on, if it was this trial alone that they waited for."""
+        met = [
+            self._trial_state[trial].last_train_time
+            for trial in controller.get_live_trials()
+            if trial is not ended
+        ]
+        while met and min(met) >= self._next_perturbation_sync:
+            self._next_perturbation_sync += self._perturbation_interval
 
 
 def _unused(config: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +194,7 @@ def build_scheduler(
     else:
         scheduler = Population(job)
         scheduler.trial_id_of = trial_id_of
-    scheduler.protected_of = lambda trial: protected_epochs(config_of(trial))
+    scheduler.config_of = config_of
     return scheduler
 
 

@@ -29,7 +29,8 @@ from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import build_trainable
 
 MOST_PENDING = 16  # trials that wait for room, for an autoscaler to see
-NO_CPUS = {"cpu": 0}
+# Of a trial that drives workers: something that every node has, since Tune must reserve something.
+DRIVER_SLOT = {"memory": 1.0}
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _resources(job: JobConfig) -> dict[str, float]:
     """What Tune reserves for a trial; Ray Train reserves for the workers that a trial drives."""
     resources = job.resources
     if resources.workers_per_trial > 1:
-        return dict(NO_CPUS)
+        return DRIVER_SLOT
     return {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker or 0}
 
 

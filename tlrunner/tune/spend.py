@@ -40,6 +40,8 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
         now = time.monotonic()
         running = sum(trial.status == Trial.RUNNING for trial in trials)
         self.num_active = running + sum(trial.status == Trial.PENDING for trial in trials)
+        if self.job.resources.workers_per_trial > 1:  # the driver of one more may wait for room
+            running = min(running, num_places(self.job.resources, machines()))
         self.compute_seconds += running * (now - self.last_step)
         self.last_step = now
 

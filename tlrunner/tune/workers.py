@@ -13,16 +13,18 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import ray
 import torch
 from ray import train
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
 
 from tlrunner.config import TrialConfig
 from tlrunner.data.world import World
 from tlrunner.errors import TlrunnerError
 from tlrunner.train.trial import out_of_memory, run_trial, with_smaller_micro_batches
 from tlrunner.train.trial_dir import EpochReport
+from tlrunner.tune.mailbox import Mailbox
 
 POLL_SECONDS = 0.5
 END_SECONDS = 20.0  # that workers get to end after they were told to
@@ -68,11 +70,12 @@ def _drive(
 ) -> None:
     """Start the workers, pass on what they report, and see them end."""
     resources = config.resources
-    told, answers = (Queue(1, actor_options={"num_cpus": 0}) for _ in range(2))
+    # Not in this trial's placement group, which Tune removes before a stopped trial has ended.
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")(Mailbox).remote()
     # Train keeps nothing there: trials have checkpoints of their own, in the run's directory.
     storage = tempfile.mkdtemp(prefix="tlrunner-train-")
     trainer = TorchTrainer(
-        partial(_work, config, keeping, told, answers),
+        partial(_work, config, keeping, mailbox),
         scaling_config=train.ScalingConfig(
             num_workers=resources.workers_per_trial,
             use_gpu=bool(resources.gpus_per_worker),
@@ -87,17 +90,18 @@ def _drive(
     running = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
     running.start()
     try:
-        while running.is_alive() or not told.empty():
-            with suppress(Empty):
-                report(told.get(timeout=POLL_SECONDS))
-                answers.put(True)
+        while running.is_alive():
+            finished = ray.get(mailbox.next.remote(POLL_SECONDS))
+            if finished:
+                report(finished)
+                ray.get(mailbox.go_on.remote())
         if failure:
             raise _cause(failure[0])
-    finally:
-        answers.put(False)  # to workers that are still there, as the search ends the trial
-        running.join(END_SECONDS)
-        for queue in (told, answers):
-            queue.shutdown(force=True)
+    finally:  # also where the search ends the trial, by an exception in `report`
+        with suppress(RayError):  # Ray may be faster than we are
+            ray.get(mailbox.close.remote())
+            running.join(END_SECONDS)
+            ray.kill(mailbox)
         shutil.rmtree(storage, ignore_errors=True)
 
 
@@ -108,20 +112,17 @@ def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
         failure.append(err)
 
 
-def _work(config: TrialConfig, keeping: dict[str, Any], told: Queue, answers: Queue) -> None:
+def _work(config: TrialConfig, keeping: dict[str, Any], mailbox: Any) -> None:
     """What each worker runs."""
     context = train.get_context()
     world = World(context.get_world_rank(), context.get_world_size())
+    device = torch.device("cuda" if config.resources.gpus_per_worker else "cpu")
 
     def report(finished: EpochReport) -> None:
-        goes_on = torch.ones(1)
-        if world.rank == 0:
-            told.put(finished)
-            goes_on[0] = answers.get()
-        device = torch.device("cuda") if config.resources.gpus_per_worker else torch.device("cpu")
-        goes_on = goes_on.to(device)
-        torch.distributed.broadcast(goes_on, src=0)
-        if not goes_on.item():
+        goes_on = world.rank > 0 or ray.get(mailbox.tell.remote(finished))
+        answer = torch.tensor(float(goes_on), device=device)
+        torch.distributed.broadcast(answer, src=0)
+        if not answer.item():
             raise _EndedError
 
     with suppress(_EndedError):

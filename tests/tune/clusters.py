@@ -1,0 +1,102 @@
+"""Ray clusters of a test's own, on this machine, and what is left on them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+
+# Services of Ray's own: one of each for a node, and one for a cluster that Ray Train was used on.
+SERVICES = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_Autoscaling")
+
+
+@contextmanager
+def nodes_of(*num_cpus: int) -> Iterator[str]:
+    """A cluster whose nodes, the head first, have so many CPUs; gives its address."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus[0]})
+    try:
+        for cpus in num_cpus[1:]:
+            cluster.add_node(num_cpus=cpus)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@contextmanager
+def growing(max_nodes: int, num_cpus: int, port: int, directory: Path) -> Iterator[str]:
+    """A cluster of a head without CPUs, whose autoscaler adds nodes as they are asked for."""
+    example = Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml"
+    import yaml
+
+    config = yaml.safe_load(example.read_text())
+    config["available_node_types"] = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {
+            "resources": {"CPU": num_cpus},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": max_nodes,
+        },
+    }
+    file = directory / "autoscaler.json"
+    file.write_text(json.dumps(config))
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+    command += ["--num-cpus=0", f"--port={port}", f"--autoscaling-config={file}"]
+    command += ["--include-dashboard=false", f"--temp-dir=/tmp/tla{os.getpid()}"]
+    environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    # Its nodes are started by the autoscaler and not by us, but in the same session.
+    head = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(20)
+        finally:
+            with_rest = subprocess.run(["pkill", "-0", "-s", str(head.pid)], check=False)
+            if with_rest.returncode == 0:
+                os.killpg(head.pid, signal.SIGKILL)
+
+
+def left_behind(address: str, num_cpus: int, within_seconds: float) -> list[str]:
+    """What is still there of jobs that ended: CPUs in use, placement groups, processes."""
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    try:
+        deadline = time.monotonic() + within_seconds
+        while (left := _left(num_cpus)) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
+    finally:
+        ray.shutdown()
+
+
+def _left(num_cpus: int) -> list[str]:
+    left = []
+    if (free := ray.available_resources().get("CPU", 0)) != num_cpus:
+        left.append(f"{num_cpus - free} CPUs in use")
+    groups = placement_group_table().values()
+    left += [f"placement group {g['name']}" for g in groups if g["state"] != "REMOVED"]
+    return left + sorted(_workers())
+
+
+def _workers() -> list[str]:
+    """Titles of processes of Ray's that run something of a job's."""
+    titles = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = process.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue  # it ended just now
+        if title.startswith("ray::") and not title.startswith(SERVICES):
+            titles.append(title)
+    return titles

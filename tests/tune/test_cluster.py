@@ -1,0 +1,114 @@
+"""Trials on clusters of several nodes: slow, each test starts one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import growing, left_behind, nodes_of
+from test_submit import free_port
+
+from tlrunner.train.trial_dir import TrialDir
+
+pytestmark = pytest.mark.slow
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "tune_flowers.py"
+Job = Callable[..., subprocess.CompletedProcess[str]]
+TWO_WORKERS = {"workers_per_trial": 2, "gpus_per_worker": 0}
+
+
+@pytest.fixture
+def job(tiny_tree: dict[str, Any], tmp_path: Path) -> Job:
+    """`job(address, name, section=..., ...)`: the main job in a process of its own."""
+
+    def run(address: str, name: str, **sections: Any) -> subprocess.CompletedProcess[str]:
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**tiny_tree, **sections}))
+        flags = ["--config", str(file), "--out", str(tmp_path / "runs"), "--name", name]
+        return subprocess.run(
+            [sys.executable, str(JOB), *flags],
+            env={**os.environ, "RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+
+    return run
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return summary
+
+
+def figures_of(run: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """Losses and accuracy of each epoch of each trial."""
+    return {
+        path.name: [(e.train_loss, e.val_loss, e.val_acc) for e in TrialDir(path).read().epochs]
+        for path in (run / "trials").iterdir()
+    }
+
+
+def test_trials_of_several_workers_give_the_figures_of_one_and_leave_nothing_behind(
+    job: Job, tmp_path: Path
+) -> None:
+    space = {"optim.lr": {"choice": [0.001, 0.0005]}}
+    search = {"space": space, "budget": {"num_trials": 2}}
+    with nodes_of(0, 2, 2) as address:  # the driver is on a head that takes no trials
+        one = job(address, "one", search=search)
+        assert one.returncode == 0, one.stdout + one.stderr
+        # Three workers fit on no single node.
+        three = job(
+            address, "three", search=search, resources={**TWO_WORKERS, "workers_per_trial": 3}
+        )
+        assert three.returncode == 0, three.stdout + three.stderr
+        assert left_behind(address, num_cpus=4, within_seconds=30) == []
+    alone, together = (figures_of(tmp_path / "runs" / name) for name in ("one", "three"))
+    assert alone.keys() == together.keys()
+    for trial_id, epochs in alone.items():
+        for expected, found in zip(epochs, together[trial_id], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_trials_that_the_scheduler_stops_give_their_places_back(job: Job, tmp_path: Path) -> None:
+    space = {"optim.lr": {"grid": [0.001, 1e-9, 1e-8]}}
+    search = {"algorithm": "grid", "space": space, "scheduler": "asha", "grace_epochs": 1}
+    train = {"epochs": 5, "batch_size": 8}
+    with nodes_of(0, 2, 2) as address:
+        ended = job(address, "asha", search=search, resources=TWO_WORKERS, train=train)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert left_behind(address, num_cpus=4, within_seconds=30) == []
+    summary = summary_of(tmp_path / "runs" / "asha")
+    assert summary["trials"]["stopped"] > 0
+    assert summary["trials"]["total"] == 3
+
+
+def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Job) -> None:
+    with nodes_of(1, 2) as address:
+        ended = job(
+            address, "large", search={}, resources={"workers_per_trial": 4, "gpus_per_worker": 0}
+        )
+    assert ended.returncode == 69
+    (line,) = ended.stderr.strip().splitlines()
+    assert "resources.workers_per_trial is 4" in line
+    assert "1 x 2 CPUs and 0 GPUs" in line
+    assert "1 x 1 CPUs and 0 GPUs" in line
+
+
+def test_a_trial_that_fits_once_the_cluster_has_grown_waits_for_it(
+    job: Job, tmp_path: Path
+) -> None:
+    search = {"space": {}, "budget": {"num_trials": 1}}
+    with growing(max_nodes=2, num_cpus=1, port=free_port(), directory=tmp_path) as address:
+        ended = job(address, "grown", search=search, resources=TWO_WORKERS)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert "does not fit on the cluster yet: waiting for its autoscaler" in ended.stdout
+        ended = job(
+            address, "never", search=search, resources={**TWO_WORKERS, "workers_per_trial": 3}
+        )
+        assert ended.returncode == 69

@@ -1,0 +1,100 @@
+"""Population based training and HyperBand, which pause and copy trials: slow, they start Ray."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import nodes_of
+
+from tlrunner.cli import run_job
+from tlrunner.files import sha256_file
+from tlrunner.jobconfig import JobConfig
+from tlrunner.train.trial_dir import TrialDir, TrialRecord
+
+pytestmark = pytest.mark.slow
+
+# Weights that differ from trial to trial, and stay as they are: a step of this size changes no bit.
+STILL = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1e-30}
+POPULATION = {
+    "scheduler": "pbt",
+    "perturbation_epochs": 3,
+    "budget": {"num_trials": 4},
+    "space": {
+        "train.seed": {"randint": [0, 1_000_000]},
+        "train.label_smoothing": {"uniform": [0.0, 0.2]},
+    },
+}
+
+
+def run_of(tree: dict[str, Any], tmp_path: Path, **sections: Any) -> list[TrialDir]:
+    """The trials of a search."""
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps({**tree, **sections}))
+    flags = ["--config", str(file), "--out", str(tmp_path / "runs"), "--name", "one"]
+    assert run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags) == 0
+    return [TrialDir(path) for path in sorted((tmp_path / "runs/one/trials").iterdir())]
+
+
+def weights_of(trial: TrialDir) -> str:
+    """SHA-256 of a trial's weights."""
+    best = trial.read().best
+    assert best is not None
+    return sha256_file(trial.best_checkpoint(best) / "trainable.safetensors")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_the_worst_of_a_population_goes_on_from_the_weights_of_one_of_the_best(
+    tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    with nodes_of(4 * num_workers) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        trials = run_of(
+            tiny_tree,
+            tmp_path,
+            optim=STILL,
+            train={"epochs": 6, "batch_size": 9},
+            search=POPULATION,
+            resources={"workers_per_trial": num_workers, "gpus_per_worker": 0},
+        )
+    records: dict[str, TrialRecord] = {trial.path.name: trial.read() for trial in trials}
+    by_name = {trial.path.name: trial for trial in trials}
+    (copy,) = [name for name in records if name.endswith("-e3")]
+    (note,) = [note for note in records[copy].notes if note.startswith("goes on from")]
+    (donor,) = [name for name in records if f" {name} " in note]
+    (replaced,) = [n for n, r in records.items() if r.index == records[copy].index and n != copy]
+
+    assert weights_of(by_name[copy]) == weights_of(by_name[donor]) != weights_of(by_name[replaced])
+    assert [report.epoch for report in records[copy].epochs] == [4, 5, 6]
+    assert [report.epoch for report in records[replaced].epochs] == [1, 2, 3]
+    assert records[replaced].state == "stopped"
+    assert records[replaced].detail == f"gave way to a copy of {donor} after epoch 3"
+    assert all(records[name].state == "completed" for name in records if name != replaced)
+    # Weights come with what cannot change in a running trial, and with new values of the rest.
+    ours, theirs = records[copy].config, records[donor].config
+    assert ours.train.seed == theirs.train.seed
+    assert ours.train.label_smoothing != theirs.train.label_smoothing
+    # What trials went on from is gone; of each the best is kept.
+    assert all(len(list(trial.checkpoints.iterdir())) == 1 for trial in trials)
+
+
+def test_hyperband_pauses_trials_and_goes_on_where_they_were(
+    tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    trials = run_of(
+        tiny_tree,
+        tmp_path,
+        train={"epochs": 6, "batch_size": 8},
+        search={
+            "scheduler": "hyperband",
+            "budget": {"num_trials": 8},
+            "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}},
+        },
+    )
+    records = [trial.read() for trial in trials]
+    assert {record.state for record in records} == {"completed", "stopped"}
+    for record in records:
+        epochs = [report.epoch for report in record.epochs]
+        assert epochs == list(range(1, len(epochs) + 1)), "each epoch once, in order"
+        assert len(epochs) == 6 or record.state == "stopped"
