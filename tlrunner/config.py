@@ -26,7 +26,7 @@ def _without_credentials(uri: str) -> str:
     return uri
 
 
-Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_credentials)]
+Uri = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_credentials)]
 
 
 class Section(BaseModel):
@@ -114,7 +114,7 @@ class DataConfig(Section):
 class BackboneConfig(Section):
     """Which pretrained network."""
 
-    name: str = Field("efficientnet_lite0", min_length=1)
+    name: str = Field("efficientnet_lite0", min_length=1, max_length=200)
     """A torchvision classification model, `timm/NAME`, or `efficientnet_lite0|1|2` (packaged)."""
     weights: Uri = "default"
     """`default`, `none`, a named set (`IMAGENET1K_V2`), or a file path or `s3://` URI."""
@@ -304,7 +304,9 @@ class ResourceConfig(Section):
     1 if the machine or cluster has any, else 0."""
 
     @model_validator(mode="after")
-    def _workers_have_whole_gpus(self) -> "ResourceConfig":
+    def _workers_have_gpus_or_shares(self) -> "ResourceConfig":
+        if 0 < (self.gpus_per_worker or 0) < 0.01:
+            raise ValueError(f"gpus_per_worker is {self.gpus_per_worker}, valid: 0, or 0.01 to 1")
         if self.workers_per_trial > 1 and self.gpus_per_worker not in (None, 0, 1):
             raise ValueError(
                 f"gpus_per_worker is {self.gpus_per_worker}, valid with several workers_per_trial: "

@@ -7,7 +7,8 @@ remedy. Called by the jobs (`load`), by the search (`with_values`) and by whoeve
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -22,6 +23,9 @@ from tlrunner.files import sha256_json
 AnySection = TypeVar("AnySection", bound=Section)
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_VALUES = 100_000  # in a config; aliases of YAML can make any number out of a few lines
+MAX_DEPTH = 32
+MAX_WHOLE = 2**63  # beyond it neither tensors nor Parquet hold a number
 OPEN_MAPS = ("search.space",)  # below these, the rest of a dotted path is one key
 # Where, with what and how loudly a job runs; a run keeps its identity when it continues elsewhere.
 NOT_HASHED: dict[str, Any] = {
@@ -39,12 +43,20 @@ _BOOL = "tag:yaml.org,2002:bool"
 class _Yaml(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error, 1e-3 is a number, and `on` a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key '{key}' is given twice")
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # As written: once `<<` is resolved, a key may rightly be there twice.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        known: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in known:
+                    raise yaml.YAMLError(f"key '{key.value}' is given twice")
+                known.add((key.tag, key.value))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Yaml` or another reader of YAML would take for anything but a word."""
 
 
 # YAML 1.1, which PyYAML reads, takes on, off, yes and no for booleans; YAML 1.2 does not.
@@ -56,11 +68,12 @@ _Yaml.add_implicit_resolver(
     _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 # It takes 1e-3 for a string as well.
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _class in (_Yaml, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def load(
@@ -88,6 +101,7 @@ def load(
             raise ConfigError(f"--set {assignment}", "--set dotted.key=value")
         _assign(tree, key.strip(), _parse(text, f"--set {key}"))
         _fix(tree, key.strip())
+    _check_plain(tree, "", iter(range(MAX_VALUES)))
     return validate(config_class, tree)
 
 
@@ -97,6 +111,21 @@ def validate(config_class: type[AnySection], tree: Mapping[str, Any]) -> AnySect
         return config_class.model_validate(tree)
     except ValidationError as err:
         raise _explain(config_class, err.errors()) from None
+
+
+def as_yaml(config: BaseModel) -> str:
+    """YAML that `load` takes for an equal config."""
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+def shown(value: Any, width: int = 120) -> str:
+    """A value as messages show it: no longer than can be read."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxdict = 20
+    text = short.repr(value)
+    return text if len(text) <= width else f"{text[:width]}..."
 
 
 def with_values(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
@@ -154,10 +183,79 @@ def _read_tree(file: str) -> dict[str, Any]:
 
 def _parse(text: str, origin: str, is_json: bool = False) -> Any:
     try:
-        return json.loads(text) if is_json else yaml.load(text, Loader=_Yaml)
-    except (yaml.YAMLError, ValueError, RecursionError) as err:
-        reason = " ".join(str(err).split()) or "nested too deeply"
-        raise ConfigError(f"{origin} does not parse: {reason}") from err
+        if is_json:
+            return json.loads(text, object_pairs_hook=_each_key_once)
+        return yaml.load(text, Loader=_Yaml)
+    except RecursionError as err:
+        raise ConfigError(f"{origin} does not parse: it is nested too deeply") from err
+    except (yaml.YAMLError, ValueError) as err:
+        raise ConfigError(f"{origin} does not parse: {' '.join(str(err).split())}") from err
+    except (LookupError, AttributeError) as err:  # out of PyYAML, of `!!bool maybe` and the like
+        raise ConfigError(f"{origin} does not parse: a value that does not fit its tag") from err
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"key '{key}' is given twice")
+        tree[key] = value
+    return tree
+
+
+def _check_plain(tree: Any, path: str, left: Iterator[int], depth: int = 0) -> None:
+    """Check that a tree is what any reader of YAML or JSON understands alike.
+
+    Args:
+        path: dotted keys that lead to it.
+        left: yields once for each value that may yet come.
+
+    Raises:
+        ConfigError: it is not, or it is beyond all measure.
+    """
+    if next(left, None) is None or depth > MAX_DEPTH:
+        raise ConfigError(
+            f"{path} is one value too many",
+            f"at most {MAX_VALUES} values in a config, nested at most {MAX_DEPTH} deep",
+        )
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _check_key(path, key)
+            _check_plain(value, f"{path}.{key}" if path else key, left, depth + 1)
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            _check_plain(value, f"{path}.{number}", left, depth + 1)
+    else:
+        _check_scalar(path or "config", tree)
+
+
+def _check_key(path: str, key: Any) -> None:
+    where = path or "config"
+    if not isinstance(key, str):
+        raise ConfigError(
+            f"{where} has the key {shown(key)}", "keys that are words", "put it in quotes"
+        )
+    _check_word(where, key)
+
+
+def _check_scalar(path: str, value: Any) -> None:
+    if isinstance(value, str):
+        _check_word(path, value)
+    elif isinstance(value, int) and abs(value) >= MAX_WHOLE:
+        raise ConfigError(
+            f"{path} is a whole number of {value.bit_length()} bits", "less than 2**63"
+        )
+    elif not isinstance(value, bool | int | float | None):
+        raise ConfigError(
+            f"{path} is {shown(value)}, a {type(value).__name__}",
+            "maps, lists, words, numbers, true, false, null",
+            "put a word in quotes",
+        )
+
+
+def _check_word(path: str, word: str) -> None:
+    if "\0" in word or (not word.isascii() and any("\ud800" <= c <= "\udfff" for c in word)):
+        raise ConfigError(f"{path} has {shown(word)}", "whole characters, none of them NUL")
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -183,22 +281,29 @@ def _fix(tree: dict[str, Any], key: str) -> None:
 def _explain(config_class: type[Section], errors: list[ErrorDetails]) -> ConfigError:
     """The first of pydantic's errors in the project's words."""
     error, others = errors[0], len(errors) - 1
-    path = ".".join(str(part) for part in error["loc"]) or "config"
+    # Of a union, pydantic names the member that did not fit as well.
+    location = tuple(part for part in error["loc"] if part not in ("int", "float"))
+    path = ".".join(str(part) for part in location) or "config"
     more = f"{others} more like this" if others else ""
     if error["type"] == "extra_forbidden":
-        return _unknown_key(
-            path, str(error["loc"][-1]), _fields_at(config_class, error["loc"][:-1])
-        )
+        return _unknown_key(path, str(location[-1]), _fields_at(config_class, location[:-1]))
     if error["type"] == "value_error":
         text = error["msg"].removeprefix("Value error, ")
-        return ConfigError(f"{path}: {text}" if error["loc"] else text, "", more)
-    valid = str(error.get("ctx", {}).get("expected", error["msg"].removeprefix("Input should be ")))
-    return ConfigError(f"{path} is {error['input']!r:.80}", valid.replace("'", ""), more)
+        return ConfigError(f"{path}: {text}" if location else text, "", more)
+    if error["type"] == "missing":
+        return ConfigError(f"{path} is missing", "", more)
+    if error["type"] == "model_type":
+        valid = f"a map with keys of: {', '.join(_fields_at(config_class, location))}"
+    else:
+        message = error["msg"].removeprefix("Input should be ")
+        valid = str(error.get("ctx", {}).get("expected", message)).replace("'", "")
+        valid = {"a valid tuple": "a list", "a valid dictionary": "a map"}.get(valid, valid)
+    return ConfigError(f"{path} is {shown(error['input'])}", valid, more)
 
 
 def _unknown_key(path: str, name: str, fields: Mapping[str, Any]) -> ConfigError:
-    remedy = nearest(name, fields)
-    return ConfigError(f"unknown key '{path}'", ", ".join(fields) or "no key here", remedy)
+    remedy = nearest(name[:80], fields)
+    return ConfigError(f"unknown key '{path:.160}'", ", ".join(fields) or "no key here", remedy)
 
 
 def _fields_at(config_class: type[Section], location: tuple[int | str, ...]) -> Mapping[str, Any]:

@@ -80,6 +80,11 @@ class JobConfig(TrainJob):
                 "search.final_repeats repeats trials with other seeds, so train.seed cannot be in "
                 "search.space"
             )
+        for entry in self.search.space.get("backbone.weights", ()):
+            if not all(isinstance(value, str) for value in entry.values):
+                raise ValueError(
+                    f"search.space: 'backbone.weights' is {list(entry.values)!r:.200}, valid: words"
+                )
         return self
 
 

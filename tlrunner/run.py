@@ -77,7 +77,9 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
     # Imported here, since the other jobs need no Ray and start the sooner for it.
     from tlrunner.tune.cluster import check_shared, connected_to_ray, granted_resources
     from tlrunner.tune.search import Search, run_search
+    from tlrunner.tune.tracking import check_trackers
 
+    check_trackers(job.track)
     interrupted = False
     with ExitStack() as held:
         with connected_to_ray(job.log.level):
@@ -308,9 +310,8 @@ def _finish(
     interrupted: bool,
     judging: Judging = Judging(),  # noqa: B008  (it is frozen)
 ) -> int:
-    for file in [run.path / LOG_NAME, *sorted((run.path / "tensorboard").glob("*/*"))]:
-        if file.is_file():
-            run.place.save(file)
+    kept = (LOG_NAME, "tensorboard/**/*", "wandb/*run-*/**/*")
+    run.place.save(*(f for name in kept for f in sorted(run.path.glob(name)) if f.is_file()))
     summary = finish_run(
         run, images.manifest, time.monotonic() - started, judging, interrupted=interrupted
     )

@@ -1,6 +1,6 @@
 """Every key of a search: which trials run, which of them stop early, and when it is over."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
@@ -9,6 +9,8 @@ from tlrunner.files import canonical_json
 
 DISTRIBUTION_KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
 DEFAULT_TRIALS = 8
+MOST_TRIALS = 100_000
+MOST_SECONDS = 1e8  # three years
 
 
 class Distribution(Section):
@@ -60,13 +62,13 @@ class Distribution(Section):
 class BudgetConfig(Section):
     """What a search may spend; it ends with the first of these that is spent."""
 
-    num_trials: int | None = Field(None, ge=1, le=100_000)
+    num_trials: int | None = Field(None, ge=1, le=MOST_TRIALS)
     """Points that are tried, fewer where the space has no more."""
-    wall_seconds: float | None = Field(None, gt=0)
+    wall_seconds: float | None = Field(None, gt=0, le=MOST_SECONDS)
     """Time since the job began."""
-    cpu_hours: float | None = Field(None, gt=0)
+    cpu_hours: float | None = Field(None, gt=0, le=1e9)
     """CPUs of trials times hours."""
-    gpu_hours: float | None = Field(None, gt=0)
+    gpu_hours: float | None = Field(None, gt=0, le=1e9)
     """GPUs of trials, or shares of them, times hours."""
 
     @property
@@ -87,7 +89,7 @@ class SearchConfig(Section):
             "pbt": {"perturbation_epochs": 1},
         },
     }
-    space: dict[str, tuple[Distribution, ...]] = {}
+    space: dict[str, Annotated[tuple[Distribution, ...], Field(min_length=1)]] = {}
     """Dotted key -> distribution, or a list of conditional ones of which the first that fits is
     used."""
     algorithm: Literal["random", "grid", "tpe"] = "random"
@@ -100,7 +102,7 @@ class SearchConfig(Section):
     judges a trial before its backbone is thawed and its warm-up over."""
     grace_epochs: int | None = Field(None, ge=1)
     """`asha`, `median`: epochs that every trial gets before it can be stopped."""
-    grace_seconds: float | None = Field(None, gt=0)
+    grace_seconds: float | None = Field(None, gt=0, le=MOST_SECONDS)
     """`asha`: seconds of each trial instead, which small and large backbones get alike."""
     reduction_factor: int | None = Field(None, ge=2, le=100)
     """`asha`, `hyperband`: one in this many trials goes on at each rung."""

@@ -26,15 +26,15 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a submitter to a head node of our own, with token authentication."""
+def head(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """The environment of a submitter to a head node of our own, with authentication by `param`."""
     port, dashboard = free_port(), free_port()
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 2)
     path = os.pathsep.join([str(RAY.parent), os.environ["PATH"]])
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_MODE": request.param,
         "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": path,
     }
@@ -56,26 +56,50 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def submit(environment: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [str(RAY), "job", "submit", "--working-dir", ".", "--"]
-    return subprocess.run(
-        [*command, "python", "jobs/tune_flowers.py", *flags],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+TREE = {"algorithm": "grid", "space": {"optim.lr": {"grid": [0.001, 0.003]}}}
+
+
+def flags_of(tree: dict[str, Any], tmp_path: Path, **sections: Any) -> list[str]:
+    config = tmp_path / "job.json"
+    config.write_text(json.dumps({**tree, "search": TREE, **sections}))
+    return ["--config", str(config), "--out", str(tmp_path / "runs"), "--name", "submitted"]
+
+
+def ray_job(environment: dict[str, str], *words: str) -> str:
+    """What `ray job ...` says."""
+    command = [str(RAY), "job", *words]
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout + ended.stderr
 
 
+def submit(
+    environment: dict[str, str], *flags: str, options: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY), "job", "submit", *options, "--working-dir", ".", "--"]
+    for _ in range(30):
+        ended = subprocess.run(
+            [*command, "python", "jobs/tune_flowers.py", *flags],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        if "No available agent" not in ended.stderr:  # the head is still starting
+            break
+        time.sleep(2)
+    return ended
+
+
+@pytest.mark.parametrize("head", ["token"], indirect=True)
 def test_a_submitted_search_is_followed_and_its_exit_code_arrives(
     head: dict[str, str], tiny_tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = tmp_path / "job.json"
-    space = {"optim.lr": {"grid": [0.001, 0.003]}}
-    config.write_text(json.dumps(tiny_tree | {"search": {"algorithm": "grid", "space": space}}))
-    flags = ["--config", str(config), "--out", str(tmp_path / "runs"), "--name", "submitted"]
+    flags = flags_of(tiny_tree, tmp_path)
     ended = submit(head, *flags)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "best: squeezenet1_1, full" in ended.stdout
@@ -90,3 +114,33 @@ def test_a_submitted_search_is_followed_and_its_exit_code_arrives(
     ended = submit(head | {"RAY_AUTH_MODE": "disabled"}, *flags)
     assert ended.returncode != 0
     assert "Authentication" in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("head", ["disabled"], indirect=True)
+def test_a_submitted_search_can_be_left_looked_at_stopped_and_continued(
+    head: dict[str, str], tiny_tree: dict[str, Any], tmp_path: Path
+) -> None:
+    # The second trial lasts until it is stopped.
+    space = {"train.epochs": {"grid": [1, 10_000]}}
+    search = {"algorithm": "grid", "space": space, "max_concurrent_trials": 1}
+    flags = flags_of(tiny_tree, tmp_path, search=search)
+    options = ("--no-wait", "--submission-id", "first")
+    ended = submit(head, *flags, options=options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    deadline = time.monotonic() + 120
+    while "epoch 2/10000" not in ray_job(head, "logs", "first"):
+        assert time.monotonic() < deadline, ray_job(head, "logs", "first")
+        time.sleep(1)
+    assert "RUNNING" in ray_job(head, "status", "first")
+    ray_job(head, "stop", "first")
+    assert "was stopped" in ray_job(head, "status", "first")
+
+    run = tmp_path / "runs" / "submitted"
+    assert not (run / "_SUCCESS").exists()
+    ended = submit(head, *flags, options=("--no-wait", "--submission-id", "second"))
+    deadline = time.monotonic() + 120
+    while "epoch 2/10000" not in (logs := ray_job(head, "logs", "second")):
+        assert time.monotonic() < deadline, logs
+        time.sleep(1)
+    assert "1 trials are done already" in logs
+    ray_job(head, "stop", "second")

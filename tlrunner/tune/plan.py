@@ -1,5 +1,6 @@
 """Everything about a search that can be known, checked or estimated before a trial starts."""
 
+import itertools
 import math
 import os
 from collections import Counter
@@ -8,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import yaml
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from tlrunner.config import ResourceConfig, TrialConfig
+from tlrunner.config import BackboneConfig, DataConfig, ResourceConfig, TrialConfig
+from tlrunner.configfile import as_yaml
 from tlrunner.data.manifest import SPLITS, UNSPLIT
 from tlrunner.data.order import sample_ids, split_rows
 from tlrunner.data.source import Source
@@ -22,10 +23,18 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import num_cpus
 from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
+from tlrunner.searchconfig import MOST_TRIALS
 from tlrunner.tune.estimate import Cost, estimate_costs
-from tlrunner.tune.space import PlannedTrial, num_trials_of, planned_trials
+from tlrunner.tune.space import (
+    MAX_PLANNED,
+    PlannedTrial,
+    iter_points,
+    num_trials_of,
+    planned_trials,
+)
 
-MAX_LISTED_TRIALS = 100
+MAX_LISTED_TRIALS = 100  # which are measured, too
+MAX_SIZES = 16  # image sizes that each backbone is checked with
 
 
 def check_search(job: JobConfig) -> list[PlannedTrial]:
@@ -35,8 +44,9 @@ def check_search(job: JobConfig) -> list[PlannedTrial]:
         ConfigError: some point of the space cannot be trained.
     """
     trials = planned_trials(job)
-    for trial in trials:
-        check_trial(trial.config)
+    if job.search.algorithm == "grid":
+        count_trials(job, trials)  # there may be too many
+    _check_trials([trial.config for trial in trials])
     grace_epochs, longest = job.search.grace_epochs, most_epochs(job)
     if grace_epochs is not None and grace_epochs > longest:
         raise ConfigError(
@@ -45,16 +55,50 @@ def check_search(job: JobConfig) -> list[PlannedTrial]:
     return trials
 
 
+def _check_trials(configs: Sequence[TrialConfig]) -> None:
+    """Check each of many trials, but a backbone with some image sizes alone: that takes a while."""
+    known: dict[BackboneConfig, dict[int, DataConfig]] = {}
+    # Sorted, so that each backbone with a size is looked at once.
+    for config in sorted(configs, key=lambda c: (c.backbone.name, c.data.image_size or 0)):
+        size, sizes = config.data.image_size or 0, known.setdefault(config.backbone, {})
+        if len(sizes) < MAX_SIZES:
+            sizes.setdefault(size, config.data)
+        data = sizes.get(size, next(iter(sizes.values())))
+        check_trial(config.model_copy(update={"data": data}))
+
+
 def count_trials(job: JobConfig, trials: Sequence[PlannedTrial]) -> int | None:
     """How many trials will run, repeats aside; None where another budget decides.
 
     TPE plans none beforehand, and a small space has few points.
+
+    Raises:
+        ConfigError: a grid has more than any search can try.
     """
     if job.search.algorithm == "tpe" or (
         job.search.algorithm == "random" and num_trials_of(job) is None
     ):
         return num_trials_of(job)
-    return len(trials)
+    if len(trials) < MAX_PLANNED:
+        return len(trials)
+    if job.search.algorithm == "random" and _never_repeats(job):
+        return num_trials_of(job)
+    count = sum(1 for _ in itertools.islice(iter_points(job), MOST_TRIALS + 1))
+    if count > MOST_TRIALS:
+        raise ConfigError(
+            f"search.space has more than {MOST_TRIALS} combinations",
+            f"at most {MOST_TRIALS} with search.algorithm grid",
+            "leave values out, or draw some of them: search.algorithm random with choice",
+        )
+    return count
+
+
+def _never_repeats(job: JobConfig) -> bool:
+    """Whether every point has some number of its own, so that counting them is not needed."""
+    return any(
+        all(entry.kind in ("uniform", "loguniform") for entry in entries) and not entries[-1].when
+        for entries in job.search.space.values()
+    )
 
 
 def most_epochs(job: JobConfig) -> int:
@@ -131,7 +175,7 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
         ResourceError: this machine, where it is the one to run on, cannot hold a trial.
     """
     concurrent = _concurrent_trials(trials[0].config, job)
-    out.print(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False), highlight=False)
+    out.out(as_yaml(job), highlight=False)  # not wrapped: it is to be read again
     config = trials[0].config
     given = [SPLITS.index(split or UNSPLIT) for split in source.splits]
     splits = split_rows(
@@ -146,10 +190,14 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
     num_train, num_val = len(splits.train), len(splits.val)
     out.print(f"images: {num_train} train, {num_val} val, {len(splits.test)} test")
     costs = estimate_costs(
-        [trial.config for trial in trials], len(source.class_names), num_train, num_val
+        [trial.config for trial in trials[:MAX_LISTED_TRIALS]],
+        len(source.class_names),
+        num_train,
+        num_val,
     )
-    _show_trials(trials, costs, out)
-    num_trials, seconds = _extent(job, trials, costs, concurrent)
+    known = count_trials(job, trials) if isinstance(job, JobConfig) else 1
+    _show_trials(trials, costs, known, out)
+    num_trials, seconds = _extent(job, known, costs, concurrent)
     out.print(
         f"estimate, measured on this machine: {seconds:.0f} s for {num_trials} "
         f"trials, {concurrent} at a time; memory of a trial up to "
@@ -160,10 +208,13 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
 
 
 def _extent(
-    job: BaseModel, trials: Sequence[PlannedTrial], costs: Sequence[Cost], concurrent: int
+    job: BaseModel, known: int | None, costs: Sequence[Cost], concurrent: int
 ) -> tuple[int, float]:
-    """How many trials a job will have, with its repeats, and its seconds by the clock."""
-    mean = sum(cost.seconds for cost in costs) / len(trials)
+    """How many trials a job will have, with its repeats, and its seconds by the clock.
+
+    `known`: how many there are without repeats, if that is known.
+    """
+    mean = sum(cost.seconds for cost in costs) / len(costs)
     longest = max(cost.seconds for cost in costs)
     if not isinstance(job, JobConfig):
         return 1, longest
@@ -178,15 +229,16 @@ def _extent(
         if hours is not None:
             width = per_trial * job.resources.workers_per_trial * concurrent
             wall = min(wall, hours * 3600 / width)
-    known = count_trials(job, trials)
     affordable = math.inf if wall == math.inf else max(1, int(wall * concurrent / mean))
     num_trials = int(min(affordable, math.inf if known is None else known + num_repeats))
     return num_trials, min(wall, max(mean * num_trials / concurrent, longest))
 
 
-def _show_trials(trials: Sequence[PlannedTrial], costs: list[Cost], out: Console) -> None:
+def _show_trials(
+    trials: Sequence[PlannedTrial], costs: list[Cost], known: int | None, out: Console
+) -> None:
     table = Table("trial", "backbone", "strategy", "lr", "epochs", "seconds", "MiB")
-    for trial, cost in list(zip(trials, costs, strict=True))[:MAX_LISTED_TRIALS]:
+    for trial, cost in zip(trials, costs, strict=False):
         config = trial.config
         table.add_row(
             trial.trial_id,
@@ -198,8 +250,8 @@ def _show_trials(trials: Sequence[PlannedTrial], costs: list[Cost], out: Console
             f"{cost.memory_bytes / 2**20:.0f}",
         )
     out.print(table)
-    if len(trials) > MAX_LISTED_TRIALS:
-        out.print(f"and {len(trials) - MAX_LISTED_TRIALS} more")
+    if known is not None and known > len(costs):
+        out.print(f"and {known - len(costs)} more")
 
 
 def _concurrent_trials(config: TrialConfig, job: BaseModel) -> int:

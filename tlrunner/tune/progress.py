@@ -82,9 +82,12 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         """Our name of Ray's trial as it is now."""
         return self._row(trial).planned.trial_id
 
-    def record_of(self, ray_id: str) -> TrialRecord:
-        """What a trial that ended left, by Ray's id of it."""
-        return self._directory(self.rows[ray_id]).read()
+    def record_of(self, ray_id: str) -> TrialRecord | None:
+        """What a trial that ended left, by Ray's id of it; None if it never began."""
+        if ray_id not in self.rows:
+            return None
+        directory = self._directory(self.rows[ray_id])
+        return directory.read() if directory.has_begun else None
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts, goes on, or goes on as a copy of another."""

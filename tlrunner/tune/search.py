@@ -94,7 +94,7 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
                 name="tune",
                 storage_path=str(ray_dir),
                 stop=Over(spending, job.search.max_epochs),
-                callbacks=[spending, progress, *trackers(job, search.run, progress.trial_id_of)],
+                callbacks=[spending, progress, *_trackers(search, progress)],
                 verbose=0,
             ),
         )
@@ -133,11 +133,17 @@ def _proposed(
         return spending.take_place(min(places_now(job.resources), most) if waits else most)
 
     def outcome(trial_id: str) -> list[float] | None:
-        return objectives(job, progress.record_of(trial_id))
+        record = progress.record_of(trial_id)
+        return objectives(job, record) if record else None
 
     proposer = Proposer(points, has_room, outcome)
     config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **settings)
     return {"tune_config": config}
+
+
+def _trackers(search: Search, progress: Progress) -> list[tune.Callback]:
+    told_before = frozenset(record.trial_id for record in search.ended)
+    return trackers(search.job, search.run, progress.trial_id_of, told_before)
 
 
 def _resources(job: JobConfig) -> dict[str, float]:

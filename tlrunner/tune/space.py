@@ -8,14 +8,14 @@ before anything starts; TPE asks for one at a time. All three walk the space in 
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from tlrunner.config import TrialConfig
-from tlrunner.configfile import config_hash, get_value, with_values
+from tlrunner.configfile import config_hash, get_value, shown, with_values
 from tlrunner.errors import ConfigError
 from tlrunner.files import canonical_json
 from tlrunner.jobconfig import JobConfig
@@ -30,6 +30,7 @@ Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value fr
 SHARED_BY_ALL_TRIALS = ("data.", "resources.")
 MAX_REPEATS = 1000  # random draws of known points before a small space is taken to be exhausted
 NUM_PROBES = 64  # random points on which a space is checked that is only asked later
+MAX_PLANNED = 1000  # points of a search of very many that are checked beforehand
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ class PlannedTrial:
         return f"{self.index:04d}-{config_hash(self.config)[:6]}{epoch}"
 
 
-def build_point(job: JobConfig, ask: Ask) -> Point:
+def build_point(job: JobConfig, ask: Ask, keys: Sequence[str] = ()) -> Point:
     """One point: each key whose condition holds gets a value from `ask`.
 
     A key with several conditional distributions uses the first that fits, and is left at the
-    job's own value if none does.
+    job's own value if none does. `keys`: those of the space in order, where that is known.
     """
     point: Point = {}
     base = job.trial()
-    for key in _ordered_keys(job):
+    for key in keys or _ordered_keys(job):
         entries = job.search.space[key]
         for number, entry in enumerate(entries):
             if _holds(entry.when, point, base):
@@ -73,12 +74,16 @@ def iter_points(job: JobConfig) -> Iterator[Point]:
     Point i of a random search depends on the seed and i alone, so more trials extend a search. It
     ends where `budget.num_trials` says, or when the space has no other points.
     """
+    if job.search.algorithm == "grid":
+        yield from _grid_points(job)
+        return
     known: set[str] = set()
     repeats = 0
-    drawn = (random_point(job, attempt) for attempt in itertools.count())
-    for point in _grid_points(job) if job.search.algorithm == "grid" else drawn:
+    keys = _ordered_keys(job)
+    for attempt in itertools.count():
         if len(known) == num_trials_of(job) or repeats == MAX_REPEATS:
             return
+        point = random_point(job, attempt, keys)
         name = canonical_json(point)
         repeats = repeats + 1 if name in known else 0
         if name not in known:
@@ -92,12 +97,13 @@ def num_trials_of(job: JobConfig) -> int | None:
     return job.search.budget.num_trials
 
 
-def random_point(job: JobConfig, attempt: int) -> Point:
+def random_point(job: JobConfig, attempt: int, keys: Sequence[str] = ()) -> Point:
     """A point drawn by the search's seed and the number of the attempt alone."""
     # One generator for each name: a key added to the space leaves the others' values as they were.
     return build_point(
         job,
         lambda name, entry: _draw(random.Random(f"{job.search.seed}:{attempt}:{name}"), entry),
+        keys,
     )
 
 
@@ -161,21 +167,21 @@ def trial_at(
         return PlannedTrial(index, with_values(job.trial(), point), copied)
     except ConfigError as err:
         raise ConfigError(
-            f"search.space can give {point}: {err.found}", err.valid, err.remedy
+            f"search.space can give {shown(point, 500)}: {err.found}", err.valid, err.remedy
         ) from err
 
 
 def planned_trials(job: JobConfig) -> list[PlannedTrial]:
     """Every trial that can be known beforehand, each validated.
 
-    Of TPE, and of a search with no number of trials, a sample of the space.
+    Of TPE, and of a search with no number of trials, a sample of the space; the first of very many.
     """
     _check_keys(job)
     if job.search.algorithm == "tpe":
         points = [random_point(job, attempt) for attempt in range(NUM_PROBES)]
     else:
         is_known = job.search.algorithm == "grid" or num_trials_of(job) is not None
-        points = list(itertools.islice(iter_points(job), None if is_known else NUM_PROBES))
+        points = list(itertools.islice(iter_points(job), MAX_PLANNED if is_known else NUM_PROBES))
     return [trial_at(job, index, point) for index, point in enumerate(points)]
 
 
@@ -197,16 +203,20 @@ def _grid_points(job: JobConfig) -> Iterator[Point]:
     last place that can still move moves on, and the places after it are asked anew.
     """
     places: list[int] = []
+    distinct: dict[str, list[Any]] = {}  # of each distribution, its values
+    keys = _ordered_keys(job)
     while True:
         sizes: list[int] = []
 
         def ask(name: str, entry: Distribution, sizes: list[int] = sizes) -> Any:
+            if name not in distinct:
+                distinct[name] = list({canonical_json(v): v for v in entry.values}.values())
             if len(sizes) == len(places):
                 places.append(0)
-            sizes.append(len(entry.values))
-            return entry.values[places[len(sizes) - 1]]
+            sizes.append(len(distinct[name]))
+            return distinct[name][places[len(sizes) - 1]]
 
-        yield build_point(job, ask)
+        yield build_point(job, ask, keys)
         while places and places[-1] + 1 == sizes[len(places) - 1]:
             places.pop()
         if not places:
@@ -232,6 +242,8 @@ def _ordered_keys(job: JobConfig) -> list[str]:
     ordered: dict[str, None] = {}
 
     def place(key: str, behind: tuple[str, ...]) -> None:
+        if key in ordered:
+            return
         if key in behind:
             raise ConfigError(
                 f"search.space: conditions go in a circle: {' -> '.join([*behind, key])}"
@@ -256,40 +268,62 @@ def _check_keys(job: JobConfig) -> None:
                 get_value(base, searched)
             except ConfigError as err:
                 raise ConfigError(f"search.space: {err.found}", err.valid, err.remedy) from err
-        if "." not in key:
-            raise ConfigError(f"search.space: '{key}' is a section", f"a key in it, as '{key}.KEY'")
+            if "." not in searched:
+                raise ConfigError(
+                    f"search.space: '{searched}' is a section", f"a key in it, as '{searched}.KEY'"
+                )
         if key.startswith(SHARED_BY_ALL_TRIALS) and key != "data.image_size":
             raise ConfigError(
                 f"search.space: '{key}' is the same for all trials of a search, so that they "
                 "can be compared",
                 "keys of backbone, freeze, head, optim, train, augment, and data.image_size",
             )
+        if not all(entry.when for entry in entries[:-1]):
+            raise ConfigError(
+                f"search.space: '{key}' has a distribution without `when` before others, which "
+                "are never used",
+                "the one without `when` last",
+            )
+        for entry in entries:
+            if entry.kind in ("choice", "grid", "randint"):
+                _check_values(job, key, entry.values, f"'{key}' can be")
         for other, wanted in conditions:
-            for value in _listed(wanted):
-                _check_condition(job, key, other, value)
+            _check_condition(job, key, other, wanted)
     _ordered_keys(job)
 
 
-def _check_condition(job: JobConfig, key: str, other: str, value: Any) -> None:
-    """A condition that no trial can meet is a mistake, mostly of spelling."""
-    section, _, field = other.partition(".")
+def _check_values(job: JobConfig, key: str, values: Sequence[Any], saying: str) -> None:
+    """Values that a key cannot have, or would have as others, are a mistake."""
+    section, _, field = key.partition(".")
     kind = type(getattr(job, section)).model_fields[field].rebuild_annotation()
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    for value in values:
+        found = f"search.space: {saying} {shown(value)}, which {key} cannot be"
+        try:
+            taken = adapter.validate_python(value)
+        except ValidationError as err:
+            valid = str(err.errors()[0]["msg"]).removeprefix("Input should be ").replace("'", "")
+            raise ConfigError(found, valid) from err
+        if _plain(taken) != _plain(value):
+            raise ConfigError(found, shown(taken))
+
+
+def _check_condition(job: JobConfig, key: str, other: str, wanted: Any) -> None:
+    """A condition that no trial can meet is a mistake, mostly of spelling."""
+    if not _listed(wanted):
+        raise ConfigError(f"search.space: '{key}' is searched when {other} is none of no values")
+    _check_values(job, other, _listed(wanted), f"'{key}' is searched when {other} is")
     entries = job.search.space.get(other, ())
-    listed = [choice for entry in entries for choice in entry.values]
-    is_listed = bool(entries) and all(entry.kind in ("choice", "grid") for entry in entries)
-    try:
-        TypeAdapter(kind).validate_python(value)
-    except ValidationError as err:
-        raise ConfigError(
-            f"search.space: '{key}' is searched when {other} is {value!r}, which it cannot be",
-            str(err.errors()[0]["msg"]).removeprefix("Input should be ").replace("'", ""),
-        ) from err
-    if is_listed and value not in listed:
-        raise ConfigError(
-            f"search.space: '{key}' is searched when {other} is {value!r}, which is not among its "
-            "values",
-            ", ".join(str(choice) for choice in listed),
-        )
+    if not entries or any(entry.kind not in ("choice", "grid") for entry in entries):
+        return
+    choices = [choice for entry in entries for choice in entry.values]
+    for value in _listed(wanted):
+        if value not in choices:
+            raise ConfigError(
+                f"search.space: '{key}' is searched when {other} is {shown(value)}, which is not "
+                "among its values",
+                ", ".join(shown(choice) for choice in choices[:20]),
+            )
 
 
 def _listed(wanted: Any) -> tuple[Any, ...]:

@@ -5,7 +5,11 @@ on while the search decides. They end by themselves when the answer is no, which
 at once; if the driver is killed, Ray ends them.
 """
 
+import fcntl
+import os
 import shutil
+import socket
+import struct
 import tempfile
 import threading
 from collections.abc import Callable
@@ -27,6 +31,8 @@ from tlrunner.train.trial_dir import EpochReport
 from tlrunner.tune.mailbox import Mailbox
 
 POLL_SECONDS = 0.5
+GLOO = "GLOO_SOCKET_IFNAME"
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 END_SECONDS = 20.0  # that workers get to end after they were told to
 
 
@@ -84,7 +90,9 @@ def _drive(
                 **({"GPU": 1} if resources.gpus_per_worker else {}),
             },
         ),
-        run_config=train.RunConfig(name="trial", storage_path=storage),
+        run_config=train.RunConfig(
+            name="trial", storage_path=storage, worker_runtime_env=_network()
+        ),
     )
     failure: list[BaseException] = []
     running = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
@@ -103,6 +111,28 @@ def _drive(
             running.join(END_SECONDS)
             ray.kill(mailbox)
         shutil.rmtree(storage, ignore_errors=True)
+
+
+def _network() -> dict[str, Any]:
+    """A runtime environment with what gloo must be told, where the name of the host does not lead to its address.
+
+    It would take another for its own, mostly 127.0.0.1, and workers on other nodes would not find
+    it. Interfaces are taken to have the same names on all nodes.
+    """
+    address = ray.util.get_node_ip_address()
+    with suppress(OSError):
+        if socket.gethostbyname(socket.gethostname()) == address:
+            return {}
+    names = [name for _, name in socket.if_nameindex() if _address_of(name) == address]
+    return {"env_vars": {GLOO: names[0]}} if names and GLOO not in os.environ else {}
+
+
+def _address_of(interface: str) -> str | None:
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, suppress(OSError):
+        answer = fcntl.ioctl(any_socket.fileno(), SIOCGIFADDR, request)
+        return socket.inet_ntoa(answer[20:24])
+    return None
 
 
 def _fit(trainer: TorchTrainer, failure: list[BaseException]) -> None:
