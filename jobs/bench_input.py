@@ -54,9 +54,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tlrunner.cli import run_job
-from tlrunner.config import Section
 from tlrunner.data.sources import open_source
 from tlrunner.jobconfig import LogConfig
+from tlrunner.section import Section
 
 # width, height -> how many, and the quality that makes their bytes those of photos of this size
 MADE = {(227, 227): (512, 83), (500, 375): (256, 95), (2000, 1500): (64, 85)}

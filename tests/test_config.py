@@ -15,12 +15,12 @@ from tlrunner.config import (
     HeadConfig,
     OptimConfig,
     ResourceConfig,
-    Section,
     TrainConfig,
     TrialConfig,
 )
 from tlrunner.jobconfig import JobConfig, OutputConfig, PredictJob
 from tlrunner.searchconfig import Distribution, SearchConfig
+from tlrunner.section import Section
 
 SECTIONS = [
     AugmentConfig,

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "tlrunner"
 RANKS = [
     {"errors"},
-    {"config", "files", "configfile", "searchconfig", "jobconfig", "uris", "machine"},
+    {"section", "config", "files", "configfile", "searchconfig", "jobconfig", "uris", "machine"},
     {"data", "model"},
     {"train"},
     {"tune"},

@@ -19,12 +19,14 @@ from rich.console import Console
 
 from tlrunner import run
 from tlrunner.cli import run_job
-from tlrunner.config import BackboneConfig, Section, TrialConfig
+from tlrunner.config import BackboneConfig, TrialConfig
 from tlrunner.configfile import as_yaml, config_hash, load, validate
 from tlrunner.data.sources import open_source
 from tlrunner.errors import ConfigError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.model.classifier import BackboneInfo, describe
+from tlrunner.section import Section
+from tlrunner.searchconfig import DISTRIBUTION_KINDS
 from tlrunner.tune import plan
 from tlrunner.tune.estimate import Cost
 from tlrunner.tune.space import build_point, iter_points
@@ -119,7 +121,7 @@ NO_NUMBERS = (float("nan"), float("inf"), float("-inf"), True, False, HEX)
 WORDS = ("", " ", "0", "1e-3", "-.5", "on", "null", "0x10", "1:30", "<<", "=", "2020-01-01", "a.b")
 ODD_WORDS = ("\0", "a\0b", "é", "💥", "\ud800", "a\nb", "\t", "\x1b[31m", "\u2028", "~nobody/x")
 PRINTED_WORDS = (":smile:", "[bold]x[/]", "x" * 3000, "many words " * 40, "s3://", "sample:trees")
-GARBAGE = (
+GARBAGE: tuple[Any, ...] = (
     *(None, [], {}, [[]], {"": {}}, {"a": {"b": [1, {"c": None}]}}, [None, "a", 1.5, {}]),
     *({1: 2}, {None: 1}, {True: 1}, [{"choice": [1]}], {"choice": [{1: 2}]}),
     *(_nested(50, list), _nested(300, list), _nested(300, dict), _nested(450, list)),
@@ -226,10 +228,7 @@ def assign(draw: st.DrawFn, tree: Tree) -> None:
     tree[name] = draw(values_for(key))
 
 
-KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
-
-
-def _distribution(draw: st.DrawFn, key: str, kinds: tuple[str, ...]) -> Tree:
+def _distribution(draw: st.DrawFn, key: str, kinds: Sequence[str]) -> Tree:
     made: Tree = {}
     for _ in range(draw(st.sampled_from((*(1,) * 9, 2)))):
         kind = draw(st.sampled_from(kinds))
@@ -251,10 +250,10 @@ def search_more(draw: st.DrawFn, tree: Tree) -> None:
     search = tree["search"] = tree["search"] if isinstance(tree.get("search"), dict) else {}
     space = search["space"] = search["space"] if isinstance(search.get("space"), dict) else {}
     key = draw(searched_keys | searched_keys | leaf_keys | st.sampled_from([*space, "optim.lr"]))
-    if draw(st.integers(0, 9)):
-        kinds = ("grid",) if search.get("algorithm") == "grid" else KINDS[:4]
-    else:
-        kinds = KINDS
+    fitting = (
+        DISTRIBUTION_KINDS[-1:] if search.get("algorithm") == "grid" else DISTRIBUTION_KINDS[:-1]
+    )
+    kinds = fitting if draw(st.integers(0, 9)) else DISTRIBUTION_KINDS
     made = _distribution(draw, key, kinds)
     before = space.get(key)
     joined = [made, *before] if isinstance(before, list) else [made, before]
@@ -403,7 +402,11 @@ def test_what_is_mutated_is_valid_and_can_be_measured(name: str, fate_of: FateOf
 BOMB = "\n".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]" for i in range(9))
 REFUSED = {
     "train: {epochs: !!bool maybe}": "does not parse: a value that does not fit its tag",
+    "optim: {lr: !!timestamp {=: 1}}": "does not parse: a value that does not fit its tag",
     "train: {epochs: !!int ''}": "does not parse: a value that does not fit its tag",
+    f"optim: {{lr: 1{':00' * 200}.5}}": "does not parse: a value that does not fit its tag",
+    "int: 1": "unknown key 'int'; valid: data,",
+    "optim: {float: 1}": "unknown key 'optim.float'; valid: optimizer",
     "output: {name: 2020-01-01}": "output.name is datetime.date(2020, 1, 1), a date",
     "search: {space: {optim.lr: {choice: !!set {1, 2}}}}": "space.optim.lr.choice is {1, 2}, a set",
     "search: {space: {train.seed: {choice: [{1: 2}]}}}": "choice.0 has the key 1; valid: keys that",
@@ -522,10 +525,10 @@ def test_of_very_many_trials_the_first_are_checked_and_fewer_measured(
     monkeypatch.setattr(plan, "estimate_costs", cost)
     job = searched_in(LR, budget={"num_trials": 100_000})
     trials = plan.check_search(job)
-    out = Console(file=io.StringIO(), width=160)
-    plan.show_plan(job, trials, open_source("images"), out)
+    out = io.StringIO()
+    plan.show_plan(job, trials, open_source("images"), Console(file=out, width=160))
     assert (len(trials), measured) == (1000, [100])
-    text = out.file.getvalue()
+    text = out.getvalue()
     assert "and 99900 more" in text
     assert "for 100000 trials" in text
 
@@ -534,7 +537,10 @@ def test_very_many_trials_are_counted_as_they_will_run() -> None:
     seeds = {"train.seed": {"randint": [0, 1200]}}
     job = searched_in(seeds, budget={"num_trials": 5000})
     trials = plan.check_search(job)
-    assert len(trials) == 1000 < plan.count_trials(job, trials) == len([*iter_points(job)]) <= 1201
+    assert len(trials) == 1000
+    num_points = len([*iter_points(job)])
+    assert 1000 < num_points <= 1201
+    assert plan.count_trials(job, trials) == num_points
 
 
 def test_a_grid_that_repeats_a_value_is_tried_to_its_end() -> None:

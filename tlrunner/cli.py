@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tlrunner.config import BackboneConfig, FreezeConfig, HeadConfig, Section
+from tlrunner.config import BackboneConfig, FreezeConfig, HeadConfig
 from tlrunner.configfile import load, validate
 from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import LogConfig, PrepareJob
+from tlrunner.section import Section
 
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
 

@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tlrunner.config import Section, TrialConfig
+from tlrunner.config import TrialConfig
 from tlrunner.errors import ConfigError, nearest
 from tlrunner.files import sha256_json
+from tlrunner.section import Section
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -35,7 +36,7 @@ NOT_HASHED: dict[str, Any] = {
     "resources": True,
     "data": {"cache_dir": True, "num_workers": True, "cache_bytes": True},
 }
-
+_UNION_MEMBER = re.compile(r"(?<=gpus_per_worker)\.(int|float)$")  # which pydantic names as well
 
 _BOOL = "tag:yaml.org,2002:bool"
 
@@ -190,7 +191,8 @@ def _parse(text: str, origin: str, is_json: bool = False) -> Any:
         raise ConfigError(f"{origin} does not parse: it is nested too deeply") from err
     except (yaml.YAMLError, ValueError) as err:
         raise ConfigError(f"{origin} does not parse: {' '.join(str(err).split())}") from err
-    except (LookupError, AttributeError) as err:  # out of PyYAML, of `!!bool maybe` and the like
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as err:
+        # Out of PyYAML's constructors, of `!!bool maybe` and the like.
         raise ConfigError(f"{origin} does not parse: a value that does not fit its tag") from err
 
 
@@ -281,8 +283,7 @@ def _fix(tree: dict[str, Any], key: str) -> None:
 def _explain(config_class: type[Section], errors: list[ErrorDetails]) -> ConfigError:
     """The first of pydantic's errors in the project's words."""
     error, others = errors[0], len(errors) - 1
-    # Of a union, pydantic names the member that did not fit as well.
-    location = tuple(part for part in error["loc"] if part not in ("int", "float"))
+    location = error["loc"]
     path = ".".join(str(part) for part in location) or "config"
     more = f"{others} more like this" if others else ""
     if error["type"] == "extra_forbidden":
@@ -298,6 +299,7 @@ def _explain(config_class: type[Section], errors: list[ErrorDetails]) -> ConfigE
         message = error["msg"].removeprefix("Input should be ")
         valid = str(error.get("ctx", {}).get("expected", message)).replace("'", "")
         valid = {"a valid tuple": "a list", "a valid dictionary": "a map"}.get(valid, valid)
+    path = _UNION_MEMBER.sub("", path)
     return ConfigError(f"{path} is {shown(error['input'])}", valid, more)
 
 

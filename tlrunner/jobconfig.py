@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tlrunner.config import CACHE_DIR, Section, TrialConfig, Uri
+from tlrunner.config import CACHE_DIR, TrialConfig
 from tlrunner.searchconfig import SearchConfig
+from tlrunner.section import Section, Uri
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 

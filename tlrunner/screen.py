@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from tlrunner.report.page import over_seeds
+
 
 @contextmanager
 def preparing(out: Console) -> Iterator[Callable[[int, int], None]]:
@@ -37,7 +39,7 @@ def show_summary(summary: dict[str, Any], where: str, out: Console) -> None:
     out.print(
         f"best: {config['backbone']['name']}, {config['freeze']['strategy']}, "
         f"lr {config['optim']['lr']:.2e}: val_acc {best['val_acc']:.4f} after epoch "
-        f"{best['epoch']} (trial {best['trial_id']})",
+        f"{best['epoch']} (trial {best['trial_id']}){over_seeds(best)}",
         highlight=False,
         soft_wrap=True,
     )

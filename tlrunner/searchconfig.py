@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from tlrunner.config import Section, Uri
 from tlrunner.files import canonical_json
+from tlrunner.section import Section, Uri
 
 DISTRIBUTION_KINDS = ("choice", "uniform", "loguniform", "randint", "grid")
 DEFAULT_TRIALS = 8

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.report.rundir import RunDir
-from tlrunner.report.summary import leaderboard, leaderboard_csv, summarise
+from tlrunner.report.summary import Judging, leaderboard, leaderboard_csv, summarise
+from tlrunner.train.trial_dir import EpochReport, TrialRecord
 
 WriteTrial = Callable[..., TrialConfig]
 
@@ -111,3 +112,81 @@ def test_any_text_survives_the_csv(
     storable = text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # Python 3.10 reads no NUL back
     read = next(csv.DictReader(io.StringIO(leaderboard_csv(rows), newline="")))
     assert (read["detail"], read["backbone.weights"]) == (storable, f"weights {storable}")
+
+
+# -- Repeats and trade-offs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repeated(tmp_path: Path, write_trial: WriteTrial, tiny_trial: TrialConfig) -> RunDir:
+    """Trial 0000 was found best, and does worse with other seeds than 0001; 0002 has one repeat."""
+    run = RunDir(tmp_path / "mine", "")
+
+    def write(trial_id: str, val_acc: float, seed: int) -> None:
+        config = with_values(tiny_trial, {"train.seed": seed})
+        write_trial(run.trials / trial_id, [0.1, val_acc], config=config)
+
+    write("0000-a0", 1.0, 0)
+    write("0000-a1", 0.5, 1)
+    write("0000-a2", 0.25, 2)
+    write("0001-b0", 0.5, 0)
+    write("0001-b1", 0.75, 1)
+    write("0001-b2", 0.5, 2)
+    write("0002-c0", 0.5, 0)
+    write("0002-c1", 0.875, 1)
+    return run
+
+
+def test_the_best_mean_over_other_seeds_wins(repeated: RunDir) -> None:
+    judging = Judging(first_seed=0)
+    records = judging.ranked(repeated.records())
+    assert records[0].trial_id == "0001-b1", "its best repeat"
+    summary = summarise(repeated, records, "ok", 0.0, judging)
+    repeats = summary["best"]["repeats"]
+    assert (repeats["num_repeats"], repeats["mean_val_acc"]) == (2, 0.625)
+    assert repeats["std_val_acc"] == pytest.approx(0.125 * 2**0.5)
+    rows = {row["trial_id"]: row for row in leaderboard(records, judging)}
+    assert rows["0001-b1"]["rank"] == 1
+    assert rows["0000-a0"]["mean_val_acc"] == 0.375
+    assert (rows["0002-c1"]["num_repeats"], rows["0002-c1"]["std_val_acc"]) == (1, None)
+
+
+def test_without_repeats_the_most_accurate_wins(repeated: RunDir) -> None:
+    records = Judging().ranked(repeated.records())
+    assert records[0].trial_id == "0000-a0"
+    assert "repeats" not in summarise(repeated, records, "ok", 0.0)["best"]
+    assert "num_repeats" not in leaderboard(records)[0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8, unique=True)
+)
+def test_the_pareto_front_is_what_nothing_beats(figures: list[tuple[int, int]]) -> None:
+    records = [
+        TrialRecord(
+            f"{number:04d}-a",
+            TrialConfig(),
+            (EpochReport(1, acc / 4, 1.0, 1.0, 1.0, 1, params, 0.1, 1.0, None),),
+            "completed",
+            "",
+        )
+        for number, (acc, params) in enumerate(figures)
+    ]
+    front = Judging(trade_off="total_params").pareto(records)
+    for record, (acc, params) in zip(records, figures, strict=True):
+        beaten = any(a >= acc and p <= params and (a, p) != (acc, params) for a, p in figures)
+        assert (record.trial_id in front) != beaten
+    rows = leaderboard(records, Judging(trade_off="total_params"))
+    assert {row["trial_id"] for row in rows if row["pareto"]} == front
+
+
+def test_what_is_noted_of_a_trial_stands_in_the_leaderboard(
+    tmp_path: Path, write_trial: WriteTrial
+) -> None:
+    run = RunDir(tmp_path, "")
+    write_trial(run.trials / "0000-a", [0.5], "stopped", detail="gave way")
+    run.trial("0000-a").note("statistics are of each worker")
+    assert leaderboard(run.records())[0]["detail"] == "statistics are of each worker; gave way"
+    assert summarise(run, run.records(), "ok", 0.0)["best"]["notes"] == [
+        "statistics are of each worker"
+    ]

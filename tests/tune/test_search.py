@@ -149,6 +149,47 @@ def test_tpe_asks_for_as_many_trials_as_it_was_given(search: Search, runs: Path)
     assert len({row["optim.lr"] for row in rows}) == 4
 
 
+def test_the_best_are_repeated_and_tpe_learns_from_the_run(
+    search: Search, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repeats = {"final_repeats": 2, "final_candidates": 2}
+    assert search("first", budget={"num_trials": 3}, **repeats) == 0
+    summary, rows = summary_of(runs / "first"), rows_of(runs / "first")
+    assert summary["trials"]["total"] == 3 + 2 * 2
+    repeated = {row["trial_id"][:4] for row in rows if row["num_repeats"]}
+    assert len(repeated) == 2
+    means = {row["trial_id"][:4]: row["mean_val_acc"] for row in rows if row["num_repeats"]}
+    best = summary["best"]
+    assert best["repeats"]["mean_val_acc"] == max(float(mean) for mean in means.values())
+    assert best["repeats"]["num_repeats"] == 2
+    assert best["config"]["train"]["seed"] in (1, 2)
+    assert rows[0]["trial_id"] == best["trial_id"]
+
+    # Only the repeats are missing: the same ones are made.
+    ids = sorted(row["trial_id"] for row in rows)
+    (runs / "first" / "_SUCCESS").unlink()
+    for trial in (runs / "first" / "trials").iterdir():
+        if json.loads((trial / "config.json").read_text())["train"]["seed"] > 0:
+            shutil.rmtree(trial)
+    assert search("first", budget={"num_trials": 3}, **repeats) == 0
+    assert sorted(row["trial_id"] for row in rows_of(runs / "first")) == ids
+
+    learnt = {"algorithm": "tpe", "warm_start": str(runs / "first"), "trade_off": "total_params"}
+    assert search("second", budget={"num_trials": 2}, **learnt) == 0
+    assert "TPE learns from 7 of the 7 trials of that run" in capsys.readouterr().out
+    assert "True" in {row["pareto"] for row in rows_of(runs / "second")}
+
+
+def test_a_budget_of_compute_is_spent_and_not_overrun(search: Search, runs: Path) -> None:
+    space = {"optim.lr": {"loguniform": [1e-5, 1e-1]}}
+    budget = {"cpu_hours": 10 / 3600}
+    assert search("spent", space, budget=budget, max_concurrent_trials=1) == 0
+    summary = summary_of(runs / "spent")
+    assert summary["trials"]["completed"] > 1, "it went on until then"
+    assert summary["compute_seconds"] < 10
+    assert (runs / "spent" / "_SUCCESS").exists()
+
+
 def test_halving_stops_the_worst_and_says_so(search: Search, runs: Path) -> None:
     # The tiny rates learn nothing, so each of them is behind the first after an epoch.
     space = {"optim.lr": {"grid": [1e-3, 1e-7, 1e-8, 1e-9]}, "train.epochs": {"grid": [6]}}

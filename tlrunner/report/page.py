@@ -19,9 +19,17 @@ COLUMNS = (
     "val_loss",
     "epoch",
     "trainable_params",
+    "latency_seconds",
     "seconds",
     "state",
 )
+WHERE_ANY = (
+    "pareto",
+    "num_repeats",
+    "mean_val_acc",
+    "std_val_acc",
+    "detail",
+)  # shown if any has it
 LEFT, RIGHT, TOP, BOTTOM = 60, 700, 20, 280  # of the curves, in units of the drawing
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
@@ -41,7 +49,7 @@ def render_page(
     headline = (
         f"Best: trial {best['trial_id']}, val_acc {best['val_acc']:.4f} after epoch "
         f"{best['epoch']}; {best['trainable_params']:,} of {best['total_params']:,} parameters "
-        "trained"
+        f"trained{over_seeds(best)}"
         if best
         else "No trial finished an epoch."
     )
@@ -61,11 +69,25 @@ def render_page(
 """
 
 
+def over_seeds(best: dict[str, Any]) -> str:
+    """What repeats of the winner with other seeds reached; nothing if there are none."""
+    repeats = best.get("repeats")
+    if not repeats:
+        return ""
+    spread = repeats["std_val_acc"]
+    return (
+        f"; over {repeats['num_repeats']} other seeds {repeats['mean_val_acc']:.4f}"
+        f"{'' if spread is None else f' +- {spread:.4f}'}"
+    )
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    extra = [column for column in WHERE_ANY if any(row.get(column) for row in rows)]
+    columns = [*COLUMNS, *extra]
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "\n".join(
         f'<tr class="{"best" if row["rank"] == 1 else ""}">'
-        + "".join(f"<td>{escape(_cell(row[column]))}</td>" for column in COLUMNS)
+        + "".join(f"<td>{escape(_cell(row[column]))}</td>" for column in columns)
         + "</tr>"
         for row in rows
     )

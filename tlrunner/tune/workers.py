@@ -114,7 +114,7 @@ def _drive(
 
 
 def _network() -> dict[str, Any]:
-    """A runtime environment with what gloo must be told, where the name of the host does not lead to its address.
+    """A runtime environment for gloo, where the name of the host does not lead to its address.
 
     It would take another for its own, mostly 127.0.0.1, and workers on other nodes would not find
     it. Interfaces are taken to have the same names on all nodes.
