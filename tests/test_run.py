@@ -576,3 +576,13 @@ def test_a_dry_run_of_a_search_starts_nothing(
     assert run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags) == 0
     assert "for 2 trials" in capsys.readouterr().out
     assert not out.exists()
+
+
+def test_one_configuration_in_several_workers_is_a_search_of_one_trial(
+    tiny_tree: dict[str, Any], out: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**tiny_tree, "resources": {"workers_per_trial": 2}}))
+    flags = ["--config", str(config), "--out", str(out), "--dry-run"]
+    assert run_job("train", TrainJob, "tlrunner.run:train", argv=flags) == 0
+    assert "for 1 trials" in capsys.readouterr().out
