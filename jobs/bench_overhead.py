@@ -4,10 +4,10 @@
 
 Two searches on one local Ray cluster, in turns, of trials that do almost nothing: report one epoch
 and end. The peer is a plain Ray Tune function, one CPU each, in reused actors, without any of Ray's
-loggers, that has torch imported as any trial will. Ours is the search of the jobs, with its points,
-budget, table, trackers and trial directories, around a trial that only writes its record. Prints
-the wall seconds of each, medians and the ratio within each round, and the resident memory of the
-driver as trials go by.
+loggers, that imports what any trial of images needs (accelerate, timm, torchvision). Ours is the
+search of the jobs, with its points, budget, table, trackers and trial directories, around a trial
+that only writes its record. Prints the wall seconds of each, medians and the ratio within each
+round, and the resident memory of the driver as trials go by.
 """
 
 import statistics
@@ -76,7 +76,9 @@ def bench(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
 
 def _plain(job: JobConfig, num_trials: int, directory: Path, out: Console) -> None:
     def trial(config: dict[str, Any]) -> None:
-        import torch  # noqa: F401
+        import accelerate  # noqa: F401
+        import timm  # noqa: F401
+        import torchvision  # noqa: F401
 
         tune.report(asdict(REPORT))
 

@@ -28,7 +28,7 @@ from tlrunner.tune.spend import Over, Spending
 from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import build_trainable
 
-MOST_PENDING = 16  # trials that wait for room, for an autoscaler to see
+MOST_PENDING = 16
 # Of a trial that drives workers: something that every node has, since Tune must reserve something.
 DRIVER_SLOT = {"memory": 1.0}
 
