@@ -1,5 +1,6 @@
 """Which point is next, and what a search learns from trials that ended."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def test_two_objectives_are_both_told() -> None:
     for _ in range(3):
         asked = points.ask()
         assert asked is not None
-        points.tell(asked[0], [0.6, 10.0])
-    points.tell(points.ask()[0], None)  # type: ignore[index]
+        points.tell(asked[0], lambda: record_of(0, config, 0.6, params=10))
+    points.tell(points.ask()[0], lambda: None)  # type: ignore[index]
     assert len(points.study.best_trials) == 4
 
 
@@ -109,21 +110,22 @@ def test_two_objectives_are_both_told() -> None:
 
 
 def test_a_proposer_waits_for_room_and_ends_with_its_points() -> None:
-    told: list[tuple[int, list[float] | None]] = []
+    told: list[tuple[int, TrialRecord | None]] = []
+    record = record_of(3, TrialConfig(), 0.5)
 
     class Told(ListedPoints):
-        def tell(self, index: int, values: list[float] | None) -> None:
-            told.append((index, values))
+        def tell(self, index: int, read: Callable[[], TrialRecord | None]) -> None:
+            told.append((index, read()))
 
     points: list[tuple[int, Point]] = [(3, {"optim.lr": 0.1})]
     room = [False, True, True]
-    proposer = Proposer(Told(points), lambda: room.pop(0), lambda trial_id: [0.5])
+    proposer = Proposer(Told(points), lambda: room.pop(0), {"ray-0": record}.get)
     assert proposer.suggest("ray-0") is None
     assert proposer.suggest("ray-0") == {"trial": {"index": 3, "point": {"optim.lr": 0.1}}}
     assert proposer.suggest("ray-1") == Searcher.FINISHED
     proposer.on_trial_complete("ray-0", {})
     proposer.on_trial_complete("unknown", {})
-    assert told == [(3, [0.5])]
+    assert told == [(3, record)]
 
 
 def test_nothing_of_a_proposer_is_saved(tmp_path: Path) -> None:

@@ -76,15 +76,7 @@ def run_trial(
         ConfigError, DataError, ResourceError, StorageError: see each layer.
         torch.OutOfMemoryError: the trial has several workers, all of which have to start once more.
     """
-    reported = 0
-
-    def report_once(finished: EpochReport) -> None:
-        nonlocal reported
-        if finished.epoch > reported:
-            reported = finished.epoch
-            report(finished)
-
-    attempt = partial(_run, report_once, trial_dir, images, world, resume_from, num_last)
+    attempt = partial(_run, once_each(report), trial_dir, images, world, resume_from, num_last)
     try:
         return attempt(notes, config)
     except torch.OutOfMemoryError:
@@ -98,6 +90,19 @@ def run_trial(
         return attempt((*notes, note), smaller)
     except torch.OutOfMemoryError as err:
         raise out_of_memory(smaller) from err
+
+
+def once_each(report: Callable[[EpochReport], object]) -> Callable[[EpochReport], None]:
+    """Tell each epoch once, however often a trial is started."""
+    told = 0
+
+    def report_once(finished: EpochReport) -> None:
+        nonlocal told
+        if finished.epoch > told:
+            told = finished.epoch
+            report(finished)
+
+    return report_once
 
 
 def with_smaller_micro_batches(config: TrialConfig) -> tuple[TrialConfig, str]:

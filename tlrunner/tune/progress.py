@@ -27,6 +27,7 @@ class Row:
     """One trial as the table shows it."""
 
     planned: PlannedTrial
+    values: dict[str, Any]  # of Ray's trial, that the plan was made from
     state: str = "running"
     epoch: int = 0
     val_acc: float | None = None  # of the best epoch so far
@@ -92,14 +93,14 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts, goes on, or goes on as a copy of another."""
         row = self._row(trial)
-        planned = planned_trial(self.job, trial.config)
-        if planned != row.planned:
+        if trial.config != row.values:
+            planned = planned_trial(self.job, trial.config)
             assert planned.copied, "only a copy changes what a trial is"
             donor, epoch = planned.copied
             self._directory(row).end(
                 "stopped", f"gave way to a copy of {donor} after epoch {epoch}"
             )
-            row.planned = planned
+            row.planned, row.values = planned, trial.config
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -140,7 +141,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def _row(self, trial: Any) -> Row:
         """A trial whose worker cannot even start ends without having started."""
         if trial.trial_id not in self.rows:
-            self.rows[trial.trial_id] = Row(planned_trial(self.job, trial.config))
+            planned = planned_trial(self.job, trial.config)
+            self.rows[trial.trial_id] = Row(planned, trial.config)
         return self.rows[trial.trial_id]
 
     def _record_death(self, directory: TrialDir, planned: PlannedTrial) -> None:

@@ -5,6 +5,7 @@ Ray Tune asks a `Proposer` for each trial when there is room for one; the points
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import optuna
@@ -22,8 +23,8 @@ class Points(Protocol):
     def ask(self) -> tuple[int, Point] | None:
         """The next point and its number; None when there are no more."""
 
-    def tell(self, index: int, values: list[float] | None) -> None:
-        """How a point did by each objective; None if it came to nothing."""
+    def tell(self, index: int, read: Callable[[], TrialRecord | None]) -> None:
+        """That a trial ended; `read` gives its record, or None if it never began."""
 
 
 class ListedPoints:
@@ -35,7 +36,7 @@ class ListedPoints:
     def ask(self) -> tuple[int, Point] | None:
         return next(self.points, None)
 
-    def tell(self, index: int, values: list[float] | None) -> None:
+    def tell(self, index: int, read: Callable[[], TrialRecord | None]) -> None:
         """They do not depend on it."""
 
 
@@ -69,7 +70,9 @@ class OptunaPoints:
         self.asked[index] = self.study.ask()
         return index, suggest_point(self.job, self.asked[index])
 
-    def tell(self, index: int, values: list[float] | None) -> None:
+    def tell(self, index: int, read: Callable[[], TrialRecord | None]) -> None:
+        record = read()
+        values = objectives(self.job, record) if record else None
         if values is None:
             self.study.tell(self.asked[index], state=optuna.trial.TrialState.FAIL)
         else:
@@ -120,19 +123,19 @@ class Proposer(Searcher):  # type: ignore[misc]  # ray is not typed
 
     Args:
         has_room: whether one more trial is to be under way now.
-        outcome: the objectives that Ray's trial of an id reached.
+        record_of: what Ray's trial of an id left, if it began.
     """
 
     def __init__(
         self,
         points: Points,
         has_room: Callable[[], bool],
-        outcome: Callable[[str], list[float] | None],
+        record_of: Callable[[str], TrialRecord | None],
     ) -> None:
         super().__init__(metric="val_acc", mode="max")
         self.points = points
         self.has_room = has_room
-        self.outcome = outcome
+        self.record_of = record_of
         self.numbers: dict[str, int] = {}  # Ray's id of a trial -> number of its point
 
     def suggest(self, trial_id: str) -> Any:
@@ -148,7 +151,7 @@ class Proposer(Searcher):  # type: ignore[misc]  # ray is not typed
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         if trial_id in self.numbers:
-            self.points.tell(self.numbers[trial_id], self.outcome(trial_id))
+            self.points.tell(self.numbers[trial_id], partial(self.record_of, trial_id))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # likewise

@@ -20,7 +20,7 @@ from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 from tlrunner.tune.cluster import places_now
 from tlrunner.tune.progress import Progress
-from tlrunner.tune.propose import ListedPoints, OptunaPoints, Points, Proposer, objectives
+from tlrunner.tune.propose import ListedPoints, OptunaPoints, Points, Proposer
 from tlrunner.tune.repeats import candidates, repeats_of
 from tlrunner.tune.schedule import build_scheduler, num_last
 from tlrunner.tune.space import iter_points
@@ -28,7 +28,7 @@ from tlrunner.tune.spend import Over, Spending
 from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import build_trainable
 
-MOST_PENDING = 16
+MOST_PENDING = 16  # trials that wait for room, for an autoscaler to see
 # Of a trial that drives workers: something that every node has, since Tune must reserve something.
 DRIVER_SLOT = {"memory": 1.0}
 
@@ -132,11 +132,7 @@ def _proposed(
     def has_room() -> bool:
         return spending.take_place(min(places_now(job.resources), most) if waits else most)
 
-    def outcome(trial_id: str) -> list[float] | None:
-        record = progress.record_of(trial_id)
-        return objectives(job, record) if record else None
-
-    proposer = Proposer(points, has_room, outcome)
+    proposer = Proposer(points, has_room, progress.record_of)
     config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **settings)
     return {"tune_config": config}
 

@@ -26,7 +26,12 @@ from ray.train.torch import TorchTrainer
 from tlrunner.config import TrialConfig
 from tlrunner.data.world import World
 from tlrunner.errors import TlrunnerError
-from tlrunner.train.trial import out_of_memory, run_trial, with_smaller_micro_batches
+from tlrunner.train.trial import (
+    once_each,
+    out_of_memory,
+    run_trial,
+    with_smaller_micro_batches,
+)
 from tlrunner.train.trial_dir import EpochReport
 from tlrunner.tune.mailbox import Mailbox
 
@@ -52,21 +57,14 @@ def run_in_workers(
     Raises:
         What a worker raised, its own errors first; see `run_trial`.
     """
-    reported = 0
-
-    def report_once(finished: EpochReport) -> None:
-        nonlocal reported
-        if finished.epoch > reported:
-            reported = finished.epoch
-            report(finished)
-
+    report = once_each(report)
     try:
-        _drive(config, report_once, {**keeping, "notes": notes})
+        _drive(config, report, {**keeping, "notes": notes})
         return
     except torch.OutOfMemoryError:
         smaller, note = with_smaller_micro_batches(config)
     try:
-        _drive(smaller, report_once, {**keeping, "notes": (*notes, note)})
+        _drive(smaller, report, {**keeping, "notes": (*notes, note)})
     except torch.OutOfMemoryError as err:
         raise out_of_memory(smaller) from err
 
