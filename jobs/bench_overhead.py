@@ -27,14 +27,14 @@ from rich.console import Console
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import JobConfig
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 from tlrunner.tune import search as search_module
 from tlrunner.tune.cluster import connected_to_ray, granted_resources
 from tlrunner.tune.search import Search, run_search
 from tlrunner.tune.space import num_trials_of
-from tlrunner.tune.trainable import planned_trial
+from tlrunner.tune.trainable import planned_trial, report
 
 ROUNDS = 3
 SPACE = {"optim.lr": ({"loguniform": (1e-5, 1e-1)},)}
@@ -117,12 +117,17 @@ def _idle(
     """A trial without its training."""
 
     def trainable(values: dict[str, Any]) -> None:
+        from tlrunner.train.trial import run_trial  # noqa: F401
+        from tlrunner.train.trial_dir import EpochReport, TrialDir
+
+        finished = EpochReport(**figures)
         planned = planned_trial(job, values)
         directory = TrialDir(trials.below(planned.trial_id))
         directory.begin(planned.config)
-        directory.append(REPORT)
-        tune.report(asdict(REPORT))
+        directory.append(finished)
+        report(finished)
 
+    figures = asdict(REPORT)
     return trainable
 
 

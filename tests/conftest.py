@@ -16,7 +16,8 @@ from tlrunner.configfile import validate
 from tlrunner.data.dataset import open_dataset
 from tlrunner.data.prepare import prepare
 from tlrunner.train.checkpoint import write_checkpoint
-from tlrunner.train.feed import Images, which
+from tlrunner.train.feed import which
+from tlrunner.train.images import Images
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 

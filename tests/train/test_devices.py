@@ -9,7 +9,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.data.dataset import open_dataset
 from tlrunner.train.export import export_model, load
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import TrialDir
 

@@ -19,7 +19,7 @@ from tlrunner.errors import StorageError
 from tlrunner.model.freeze import levels
 from tlrunner.train.checkpoint import read_checkpoint
 from tlrunner.train.export import export_model, read_config
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.trial import load_classifier, run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 

@@ -13,7 +13,7 @@ from tlrunner.configfile import with_values
 from tlrunner.errors import ResourceError, StorageError
 from tlrunner.train import trial as trial_module
 from tlrunner.train.checkpoint import read_checkpoint
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.loop import Loop
 from tlrunner.train.place import Place
 from tlrunner.train.trial import run_trial

@@ -12,7 +12,7 @@ from tlrunner.config import BackboneConfig, HeadConfig, TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.model.classifier import build_classifier
 from tlrunner.model.freeze import Level
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.trial_dir import TrialDir
 
 FIGURES = ("val_acc", "val_loss", "train_loss", "trainable_params")

@@ -12,7 +12,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.errors import ConfigError, ResourceError
 from tlrunner.train.checkpoint import read_checkpoint
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.trial import TrialResult, run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 

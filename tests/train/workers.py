@@ -13,7 +13,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.data.world import World
 from tlrunner.files import read_json, write_json
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.trial import run_trial
 
 

@@ -19,15 +19,8 @@ from tlrunner.data.store import LocalStore
 from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, DataError
 from tlrunner.machine import memory_bytes
+from tlrunner.train.images import Images
 from tlrunner.uris import local_path
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images that were prepared: where they are as shards, and the hash of their manifest."""
-
-    shards: str
-    sha256: str
 
 
 def which(dataset: Dataset) -> Images:

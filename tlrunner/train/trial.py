@@ -23,7 +23,8 @@ from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import check, levels, phase_starts
 from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.device import build_accelerator
-from tlrunner.train.feed import Feed, Images, open_data, use_decoded_cache
+from tlrunner.train.feed import Feed, open_data, use_decoded_cache
+from tlrunner.train.images import Images
 from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.place import Place
 from tlrunner.train.probe import check_memory, latency_seconds

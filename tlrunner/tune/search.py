@@ -15,7 +15,7 @@ from ray import tune
 from rich.console import Console
 
 from tlrunner.jobconfig import JobConfig
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 from tlrunner.tune.cluster import places_now

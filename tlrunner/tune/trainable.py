@@ -2,21 +2,25 @@
 
 A trial with one worker runs in Tune's own process, one with several as a Ray Train run that this
 process drives.
+
+Nothing large is imported here before a trial runs. Ray calls an actor ready once it has unpickled
+what the actor is to run, and gives trials to those that are ready: while the others were still
+importing torch, one actor did all the short trials.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from tlrunner.jobconfig import JobConfig
-from tlrunner.train.feed import Images
+from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
-from tlrunner.train.trial import run_trial
-from tlrunner.train.trial_dir import EpochReport, TrialDir
 from tlrunner.tune.space import PlannedTrial, trial_at
-from tlrunner.tune.workers import run_in_workers
+
+if TYPE_CHECKING:
+    from tlrunner.train.trial_dir import EpochReport, TrialDir
 
 
 def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
@@ -36,41 +40,59 @@ def build_trainable(
     """
 
     def trainable(values: dict[str, Any]) -> None:
-        planned = planned_trial(job, values)
-        directory = TrialDir(trials.below(planned.trial_id))
-        directory.place.fetch()
-        record = directory.read() if directory.has_begun else None
-        if record and (record.is_settled or not num_last):
-            # A continued run: what ended is told again, not computed again.
-            for finished in record.epochs:
-                report(finished)
-            return
-        notes: tuple[str, ...] = ()
-        resume_from = None
-        if record and record.epochs:
-            resume_from = directory.place.below(CHECKPOINTS).below(
-                str(record.epochs[-1].checkpoint)
-            )
-        elif copied := values["trial"].get("copied"):
-            donor, epoch, checkpoint = copied
-            resume_from = trials.below(donor).below(CHECKPOINTS).below(checkpoint)
-            notes = (f"goes on from the weights of {donor} at the end of epoch {epoch}",)
-        run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
-        try:
-            run(
-                planned.config,
-                report,
-                trial_dir=directory.place,
-                images=images,
-                resume_from=resume_from,
-                num_last=num_last,
-                notes=notes,
-            )
-        except Exception as err:  # the border: whatever it is, the trial's directory says so
-            directory.fail(err)
-            raise
-
-    def report(finished: EpochReport) -> None:
-        tune.report(asdict(finished))
+        run_planned(job, trials, images, num_last, values)
 
     return trainable
+
+
+def run_planned(
+    job: JobConfig, trials: Place, images: Images, num_last: int, values: dict[str, Any]
+) -> None:
+    """Run a trial, or tell again what it did, or go on behind its pause."""
+    from tlrunner.train.trial import run_trial
+    from tlrunner.train.trial_dir import TrialDir
+    from tlrunner.tune.workers import run_in_workers
+
+    planned = planned_trial(job, values)
+    directory = TrialDir(trials.below(planned.trial_id))
+    directory.place.fetch()
+    record = directory.read() if directory.has_begun else None
+    if record and (record.is_settled or not num_last):
+        # A continued run: what ended is told again, not computed again.
+        for finished in record.epochs:
+            report(finished)
+        return
+    resume_from, notes = _beginning(trials, directory, values)
+    run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
+    try:
+        run(
+            planned.config,
+            report,
+            trial_dir=directory.place,
+            images=images,
+            resume_from=resume_from,
+            num_last=num_last,
+            notes=notes,
+        )
+    except Exception as err:  # the border: whatever it is, the trial's directory says so
+        directory.fail(err)
+        raise
+
+
+def report(finished: "EpochReport") -> None:
+    """Tell the search of an epoch, which may end the trial by an exception here."""
+    tune.report(asdict(finished))
+
+
+def _beginning(
+    trials: Place, directory: "TrialDir", values: dict[str, Any]
+) -> tuple[Place | None, tuple[str, ...]]:
+    """The checkpoint that a trial goes on from, if any, and what is to be noted of it."""
+    epochs = directory.read().epochs if directory.has_begun else ()
+    if epochs:
+        return directory.place.below(CHECKPOINTS).below(str(epochs[-1].checkpoint)), ()
+    if copied := values["trial"].get("copied"):
+        donor, epoch, checkpoint = copied
+        note = f"goes on from the weights of {donor} at the end of epoch {epoch}"
+        return trials.below(donor).below(CHECKPOINTS).below(checkpoint), (note,)
+    return None, ()
