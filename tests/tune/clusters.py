@@ -1,10 +1,5 @@
 """Ray clusters of a test's own, on this machine, and what is left on them."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,44 +23,6 @@ def nodes_of(*num_cpus: int) -> Iterator[str]:
         yield cluster.address
     finally:
         cluster.shutdown()
-
-
-@contextmanager
-def growing(max_nodes: int, num_cpus: int, port: int, directory: Path) -> Iterator[str]:
-    """A cluster of a head without CPUs, whose autoscaler adds nodes as they are asked for."""
-    example = Path(ray.__file__).parent / "autoscaler/_private/fake_multi_node/example.yaml"
-    import yaml
-
-    config = yaml.safe_load(example.read_text())
-    config["available_node_types"] = {
-        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "worker": {
-            "resources": {"CPU": num_cpus},
-            "node_config": {},
-            "min_workers": 0,
-            "max_workers": max_nodes,
-        },
-    }
-    file = directory / "autoscaler.json"
-    file.write_text(json.dumps(config))
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
-    command += ["--num-cpus=0", f"--port={port}", f"--autoscaling-config={file}"]
-    command += ["--include-dashboard=false", f"--temp-dir=/tmp/tla{os.getpid()}"]
-    environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-    # Its nodes are started by the autoscaler and not by us, but in the same session.
-    head = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(20)
-        finally:
-            with_rest = subprocess.run(["pkill", "-0", "-s", str(head.pid)], check=False)
-            if with_rest.returncode == 0:
-                os.killpg(head.pid, signal.SIGKILL)
 
 
 def left_behind(address: str, num_cpus: int, within_seconds: float) -> list[str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import growing, left_behind, nodes_of
-from test_submit import free_port
+from clusters import left_behind, nodes_of
 
 from tlrunner.train.trial_dir import TrialDir
 
@@ -98,17 +97,3 @@ def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Jo
     assert "resources.workers_per_trial is 4" in line
     assert "1 x 2 CPUs and 0 GPUs" in line
     assert "1 x 1 CPUs and 0 GPUs" in line
-
-
-def test_a_trial_that_fits_once_the_cluster_has_grown_waits_for_it(
-    job: Job, tmp_path: Path
-) -> None:
-    search = {"space": {}, "budget": {"num_trials": 1}}
-    with growing(max_nodes=2, num_cpus=1, port=free_port(), directory=tmp_path) as address:
-        ended = job(address, "grown", search=search, resources=TWO_WORKERS)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert "does not fit on the cluster yet: waiting for its autoscaler" in ended.stdout
-        ended = job(
-            address, "never", search=search, resources={**TWO_WORKERS, "workers_per_trial": 3}
-        )
-        assert ended.returncode == 69

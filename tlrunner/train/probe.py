@@ -41,12 +41,15 @@ def check_memory(loop: Loop, levels: tuple[Level, ...], num_images: int, image_s
 
 @torch.no_grad()
 def latency_seconds(loop: Loop, image_size: int) -> float:
-    """Seconds that the model takes for one image: the fastest of some runs, after a first."""
+    """Seconds that the model takes for one image: the fastest of some runs, after a first.
+
+    Not compiled, even where training is: for a single image it would be compiled once more.
+    """
     loop.classifier.eval()
     image_BHWC = torch.zeros(1, image_size, image_size, 3, dtype=torch.uint8)
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < LATENCY_SECONDS:
         started = time.perf_counter()
-        loop.classifier(loop.prepared(image_BHWC)).argmax().item()  # which waits for a GPU
+        loop.classifier.forward(loop.prepared(image_BHWC)).argmax().item()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
     return min(seconds[1:])
