@@ -64,12 +64,12 @@ def run_search(search: Search, console: Console) -> None:
     The trials were checked, the images prepared and Ray connected by the caller.
     """
     job = search.job
-    ended = [r for r in search.ended if r.config.train.seed == job.train.seed]
+    has_repeats = bool(job.search.final_repeats)  # whose seeds then tell them from the others
+    ended = [r for r in search.ended if not has_repeats or r.config.train.seed == job.train.seed]
     spent = sum(record.epochs[-1].seconds for record in search.ended if record.epochs)
-    has_repeats = bool(job.search.final_repeats)
     spending = Spending(job, search.started, spent, has_repeats=has_repeats)
     _run(search, _points(search, ended), spending, console)
-    if has_repeats and (best := candidates(job, _records(search))):
+    if has_repeats and (best := candidates(job, [d.read() for d in _begun(search.trials)])):
         console.print(f"repeating {', '.join(record.trial_id for record in best)}", highlight=False)
         points = repeats_of(job, best)
         plain = job.search.model_copy(update={"scheduler": "none", "algorithm": "random"})
@@ -161,11 +161,9 @@ def _points(search: Search, ended: Sequence[TrialRecord]) -> Points:
     return ListedPoints((index, point) for index, point in points if index not in known)
 
 
-def _records(search: Search) -> list[TrialRecord]:
-    return [
-        TrialDir(search.trials.below(file.parent.name)).read()
-        for file in sorted(search.trials.path.glob("*/config.json"))
-    ]
+def _begun(trials: Place) -> list[TrialDir]:
+    begun = sorted(trials.path.glob("*/config.json"))
+    return [TrialDir(trials.below(file.parent.name)) for file in begun]
 
 
 def _end_trials(trials: Place, kept: int) -> None:
@@ -174,8 +172,7 @@ def _end_trials(trials: Place, kept: int) -> None:
     Of each trial the best checkpoint stays.
     """
     trials.fetch(without=CHECKPOINTS)
-    for begun in sorted(trials.path.glob("*/config.json")):
-        directory = TrialDir(trials.below(begun.parent.name))
+    for directory in _begun(trials):
         record = directory.read()
         if record.state == "interrupted":
             directory.end("stopped")

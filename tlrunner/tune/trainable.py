@@ -8,7 +8,7 @@ what the actor is to run, and gives trials to those that are ready: while the ot
 importing torch, one actor did all the short trials.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.tune.space import PlannedTrial, trial_at
 
 if TYPE_CHECKING:
-    from tlrunner.train.trial_dir import EpochReport, TrialDir
+    from tlrunner.train.trial_dir import EpochReport
 
 
 def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
@@ -62,7 +62,9 @@ def run_planned(
         for finished in record.epochs:
             report(finished)
         return
-    resume_from, notes = _beginning(trials, directory, values)
+    resume_from, notes = _beginning(
+        trials, directory.place, record.epochs if record else (), values
+    )
     run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
     try:
         run(
@@ -85,12 +87,11 @@ def report(finished: "EpochReport") -> None:
 
 
 def _beginning(
-    trials: Place, directory: "TrialDir", values: dict[str, Any]
+    trials: Place, place: Place, epochs: "Sequence[EpochReport]", values: dict[str, Any]
 ) -> tuple[Place | None, tuple[str, ...]]:
     """The checkpoint that a trial goes on from, if any, and what is to be noted of it."""
-    epochs = directory.read().epochs if directory.has_begun else ()
     if epochs:
-        return directory.place.below(CHECKPOINTS).below(str(epochs[-1].checkpoint)), ()
+        return place.below(CHECKPOINTS).below(str(epochs[-1].checkpoint)), ()
     if copied := values["trial"].get("copied"):
         donor, epoch, checkpoint = copied
         note = f"goes on from the weights of {donor} at the end of epoch {epoch}"
