@@ -8,6 +8,10 @@ loggers, that imports what any trial of images needs (accelerate, timm, torchvis
 search of the jobs, with its points, budget, table, trackers and trial directories, around a trial
 that only writes its record. Prints the wall seconds of each, medians and the ratio within each
 round, and the resident memory of the driver as trials go by.
+
+Measured on 2 cores, 200 trials, 3 rounds: 1.18 times as long (1.02 to 1.26; 18.7 s to 14.8); driver
+at trial 100 and at the end 963 and 966 MiB. It was 1.87 while the actor's function imported torch
+when unpickled: Ray gives trials to actors that are ready, so the first one did nearly all of them.
 """
 
 import statistics
