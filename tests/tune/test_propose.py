@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 from ray.tune.search import Searcher
+from rich.console import Console
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.jobconfig import JobConfig
+from tlrunner.searchconfig import Distribution
+from tlrunner.train.images import Images
+from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialRecord
+from tlrunner.tune import search
 from tlrunner.tune.propose import ListedPoints, OptunaPoints, Proposer, objectives
 from tlrunner.tune.repeats import candidates, repeats_of
 from tlrunner.tune.space import Point, iter_points, located, point_at, random_point, trial_at
@@ -67,6 +72,22 @@ def test_tpe_goes_on_behind_the_trials_that_ended_and_remembers_them() -> None:
     assert points.num_learnt == 4
     asked = [points.ask() for _ in range(3)]
     assert [pair and pair[0] for pair in asked] == [4, 5, None], "two of six are left"
+
+
+def test_a_continued_search_over_seeds_remembers_trials_of_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(algorithm="tpe", budget={"num_trials": 6})
+    seeds = {**job.search.space, "train.seed": (Distribution(randint=(1, 9)),)}
+    job = job.model_copy(update={"search": job.search.model_copy(update={"space": seeds})})
+    config = trial_at(job, 0, random_point(job, 0)).config
+    given: list[OptunaPoints] = []
+    monkeypatch.setattr(search, "_run", lambda search, points, *others: given.append(points))
+    ended = [record_of(0, config, 0.5)]
+    begun = search.Search(job, 6, 0.0, Place(tmp_path), Images("", ""), ended)
+    search.run_search(begun, Console())
+    assert config.train.seed != job.train.seed
+    assert [points.num_learnt for points in given] == [1]
 
 
 def test_tpe_prefers_what_did_well_in_an_earlier_run() -> None:

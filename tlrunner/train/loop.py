@@ -66,9 +66,9 @@ class Loop:
         self.optimizer: AcceleratedOptimizer | None = None
         self.ema: Ema | None = None
 
-    def has_statistics_apart(self, levels: tuple[Level, ...]) -> bool:
-        """Whether workers would see BatchNorm statistics of their own, which differ, at levels."""
-        self.classifier.set_levels(levels)
+    @property
+    def has_statistics_apart(self) -> bool:
+        """Whether workers see BatchNorm statistics of their own, which differ, in this phase."""
         on_gpu = self.accelerator.device.type == "cuda"
         return self.is_shared and not on_gpu and self.classifier.num_moving_norms > 0
 

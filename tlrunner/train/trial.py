@@ -151,8 +151,6 @@ def _run(
     num_stages = len(loop.classifier.stages.names)
     phases = phase_starts(config.freeze, num_stages, config.train.epochs)
     last_levels = levels(config.freeze, num_stages, phases[-1])
-    if record and loop.has_statistics_apart(last_levels):
-        record.note("BatchNorm statistics are of each worker's part of a batch")
     if loop.accelerator.device.type == "cuda":
         check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
     latency = latency_seconds(loop, feed.preprocess.image_size)
@@ -165,6 +163,8 @@ def _run(
     for epoch in range(first_epoch, config.train.epochs):
         if epoch in phases:
             loop.enter_phase(levels(config.freeze, num_stages, epoch))
+        if record and loop.has_statistics_apart:
+            record.note("BatchNorm statistics are of each worker's part of a batch")
         try:
             finished = _run_epoch(loop, feed, epoch)
         except DivergedError as err:

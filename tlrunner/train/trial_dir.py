@@ -94,11 +94,12 @@ class TrialDir:
         self.place.save(*changed)
 
     def note(self, note: str) -> None:
-        """One more thing that a reader of the trial's figures should know."""
+        """One more thing that a reader of the trial's figures should know, said once."""
         notes = self.path / "notes.txt"
         known = notes.read_text(encoding="utf-8") if notes.exists() else ""
-        write_text(notes, f"{known}{note}\n")
-        self.place.save(notes)
+        if note not in known.splitlines():
+            write_text(notes, f"{known}{note}\n")
+            self.place.save(notes)
 
     def keep(self, checkpoint: Path) -> None:
         """Save a checkpoint that is committed."""
