@@ -74,7 +74,7 @@ def others(checkpoint: Path, num_last: int = 0) -> list[Path]:
     """The checkpoints beside this one, which must be committed first, but for the newest ones."""
     assert (checkpoint / COMMIT).exists(), "the checkpoint to keep is not committed"
     directories = _directories(checkpoint.parent)
-    kept = {checkpoint, *directories[len(directories) - num_last :]}
+    kept = {checkpoint, *directories[max(0, len(directories) - num_last) :]}
     return [directory for directory in directories if directory not in kept]
 
 
