@@ -92,6 +92,10 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts, goes on, or goes on as a copy of another."""
+        self._follow(trial)
+
+    def _follow(self, trial: Any) -> Row:
+        """The row of what Ray's trial now stands for."""
         row = self._row(trial)
         if trial.config != row.values:
             planned = planned_trial(self.job, trial.config)
@@ -101,6 +105,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
                 "stopped", f"gave way to a copy of {donor} after epoch {epoch}"
             )
             row.planned, row.values = planned, trial.config
+        return row
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -121,7 +126,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self._say(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        row = self._row(trial)
+        row = self._follow(trial)  # a copy may fail before it starts
         row.state = "failed"
         directory = self._directory(row)
         if not (directory.path / "end.json").exists():
