@@ -31,6 +31,7 @@ from rich.console import Console
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialDir
@@ -116,7 +117,7 @@ def _ours(job: JobConfig, num_trials: int, directory: Path, out: Console) -> Non
 
 
 def _idle(
-    job: JobConfig, trials: Place, images: Images, num_last: int
+    job: JobConfig, trials: Place, images: Images, num_last: int, beside: Beside
 ) -> Callable[[dict[str, Any]], None]:
     """A trial without its training."""
 

@@ -32,8 +32,8 @@ from tlrunner.model.freeze import levels
 from tlrunner.run import with_absolute_paths
 from tlrunner.train.device import build_accelerator
 from tlrunner.train.feed import Feed, open_data
+from tlrunner.train.loaded import load_classifier
 from tlrunner.train.loop import Loop
-from tlrunner.train.trial import load_classifier
 
 ROUNDS = 9
 

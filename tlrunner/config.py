@@ -35,8 +35,8 @@ class DataConfig(Section):
     cache_dir: str = Field(CACHE_DIR, min_length=1)
     """Where images are kept as shards, what is fetched, and decoded images."""
     cache_bytes: int | None = Field(None, ge=0)
-    """Disk that fetched shards and decoded images may take together, on each node. None: a third of
-    what is free, at most 200 GB."""
+    """Disk that fetched shards, decoded images and activations may take together, on each node.
+    None: a third of what is free, at most 200 GB."""
     streaming: Literal["auto", "on", "off"] = "auto"
     """Read shards in S3 row group by row group and keep none; an epoch then shuffles 16 row groups
     at a time. `auto`: where they do not fit into `cache_bytes`."""
@@ -230,8 +230,8 @@ class AugmentConfig(Section):
     cutmix: float = Field(0.0, ge=0, le=10)
     """Alpha of the Beta distribution of pasted areas (Yun et al., 2019)."""
     num_views: int | None = Field(None, ge=1)
-    """Each sample has this many fixed views; epoch e uses view e mod num_views. None: a new
-    view every epoch."""
+    """Each sample has this many fixed views, the same for all seeds; epoch e uses view e mod
+    num_views. None: a new view every epoch."""
 
     @model_validator(mode="after")
     def _crop_scale_is_a_range(self) -> "AugmentConfig":
@@ -239,6 +239,16 @@ class AugmentConfig(Section):
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale is {[low, high]}, valid: 0 < least <= greatest <= 1")
         return self
+
+
+class ReuseConfig(Section):
+    """Whether what frozen stages compute is kept and read again, by all trials of a node."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """`auto`: where it saves more time than it takes, and fits into `data.cache_bytes`; `on`:
+    wherever stages from the stem up are frozen and there is room."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of what is kept. `auto`: as it is computed, so that no result changes."""
 
 
 class ResourceConfig(Section):
@@ -275,6 +285,7 @@ class TrialConfig(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     augment: AugmentConfig = AugmentConfig()
+    reuse: ReuseConfig = ReuseConfig()
     resources: ResourceConfig = ResourceConfig()
 
     @model_validator(mode="after")

@@ -92,6 +92,9 @@ class SearchConfig(Section):
     space: dict[str, Annotated[tuple[Distribution, ...], Field(min_length=1)]] = {}
     """Dotted key -> distribution, or a list of conditional ones of which the first that fits is
     used."""
+    points: tuple[Annotated[dict[str, Any], Field(min_length=1)], ...] = ()
+    """Trials given one by one, each as dotted keys with its values, instead of a `space`
+    (`algorithm: grid`)."""
     algorithm: Literal["random", "grid", "tpe"] = "random"
     """Independent draws, every combination, or Optuna's tree-structured Parzen estimator."""
     budget: BudgetConfig | None = None
@@ -155,6 +158,18 @@ class SearchConfig(Section):
                         f"space '{key}' is a {entry.kind}, which does not go with algorithm "
                         f"'{self.algorithm}'; grid goes with grid, the others with random and tpe"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _points_stand_alone(self) -> "SearchConfig":
+        if self.points and self.space:
+            raise ValueError("space and points are both set, valid: one of them")
+        if self.points and self.algorithm != "grid":
+            raise ValueError(f"points do not go with algorithm '{self.algorithm}', valid: grid")
+        if self.points and self.scheduler == "pbt":
+            raise ValueError(
+                "points do not go with scheduler 'pbt', which draws new values from a space"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,6 @@ from tlrunner.data.loader import (
     _CHUNK,
     Batch,
     _chunks_ahead,
-    _Share,
     eval_batches,
     num_batches,
     train_batches,
@@ -205,8 +204,7 @@ def test_no_rows_make_no_batches(small_dataset: Dataset, preprocess: Preprocess)
 
 @given(st.integers(1, 600), st.integers(16, 1024), st.integers(1, 200))
 def test_what_is_made_ahead_is_bounded_in_bytes(batch: int, size: int, threads: int) -> None:
-    share = _Share(np.arange(batch), 0, batch)
-    chunks = _chunks_ahead([share], size, threads)
+    chunks = _chunks_ahead(batch, size, threads)
     chunk_bytes = _CHUNK * size * size * 3
     assert chunks == 1 or chunks * chunk_bytes <= _BYTES_AHEAD
     in_three_batches = 3 * -(-batch // _CHUNK)

@@ -20,7 +20,8 @@ from tlrunner.model.freeze import levels
 from tlrunner.train.checkpoint import read_checkpoint
 from tlrunner.train.export import export_model, read_config
 from tlrunner.train.images import Images
-from tlrunner.train.trial import load_classifier, run_trial
+from tlrunner.train.loaded import load_classifier
+from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
 FILES = ("model.safetensors", "trial.json", "labels.json", "preprocess.json", "metrics.json")

@@ -20,6 +20,7 @@ from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
 TIMES = ("seconds", "images_per_second", "latency_seconds")
+TIMES += ("fill_seconds", "saved_seconds", "reused_bytes")  # of the process
 EVERYTHING = {
     "backbone.name": "shufflenet_v2_x0_5",
     "train.epochs": 4,
@@ -203,11 +204,11 @@ def test_out_of_memory_in_a_later_epoch_tells_no_epoch_twice(
 ) -> None:
     run_epoch, failed = trial_module._run_epoch, []
 
-    def running_out(loop: Loop, feed: Any, epoch: int) -> EpochReport:
+    def running_out(loop: Loop, reuse: Any, sweep: None, epoch: int) -> EpochReport:
         if epoch == 1 and not failed:
             failed.append(epoch)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_epoch(loop, feed, epoch)
+        return run_epoch(loop, reuse, sweep, epoch)
 
     monkeypatch.setattr(trial_module, "_run_epoch", running_out)
     told: list[EpochReport] = []
@@ -221,13 +222,15 @@ def test_out_of_memory_in_a_later_epoch_tells_no_epoch_twice(
 def test_the_memory_check_leaves_no_trace(tiny_trial: TrialConfig, colour_images: Images) -> None:
     from tlrunner.data.world import World
     from tlrunner.model.freeze import levels
+    from tlrunner.train.beside import Beside
     from tlrunner.train.probe import check_memory
 
     values = {**CASES["sgd"], "head.dropout": 0.0}
-    loop, _ = trial_module.build(with_values(tiny_trial, values), colour_images, World())
+    config = with_values(tiny_trial, values)
+    loop, _, _ = trial_module.build(config, colour_images, World(), Beside([config]))
     before = {name: t.clone() for name, t in loop.classifier.state_dict().items()}
     random = torch.get_rng_state()
-    full = levels(with_values(tiny_trial, values).freeze, len(loop.classifier.stages.names), 3)
+    full = levels(config.freeze, len(loop.classifier.stages.names), 3)
     check_memory(loop, full, num_images=4, image_size=32)
     after = loop.classifier.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -36,7 +36,7 @@ def run(tiny_trial: TrialConfig, colour_images: Images) -> Run:
 
 def figures(reports: list[EpochReport]) -> list[dict[str, Any]]:
     """What two runs of a config share: everything but times."""
-    times = ("seconds", "images_per_second", "latency_seconds")
+    times = ("seconds", "images_per_second", "latency_seconds", "fill_seconds", "saved_seconds")
     return [{k: v for k, v in asdict(report).items() if k not in times} for report in reports]
 
 

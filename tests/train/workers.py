@@ -36,7 +36,8 @@ def run_in_workers(
 
 def figures(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What does not depend on who measured it."""
-    own = ("seconds", "images_per_second", "latency_seconds", "checkpoint")
+    times = ("seconds", "images_per_second", "latency_seconds", "fill_seconds", "saved_seconds")
+    own = (*times, "checkpoint", "reused_bytes")
     return [{key: r[key] for key in r if key not in own} for r in reports]
 
 

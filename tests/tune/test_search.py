@@ -64,7 +64,7 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 
 
 def without_seconds(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    times = ("seconds", "latency_seconds")
+    times = ("seconds", "latency_seconds", "fill_seconds", "saved_seconds")
     return [{key: value for key, value in row.items() if key not in times} for row in rows]
 
 

@@ -65,6 +65,11 @@ class TrainTransform:
     preprocess: Preprocess
     seed: int
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether batches are mixed in pairs after rendering."""
+        return bool(self.augment.mixup or self.augment.cutmix)
+
     def draws(self, ids_B: Ids, view: int) -> list[Draws]:
         """What chance decides about a view of each sample; for many at once, as numpy likes it."""
         drawn = uniforms(ids_B, self.seed, view, AUGMENT_STREAM, len(Draws._fields))

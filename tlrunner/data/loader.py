@@ -5,8 +5,8 @@ batch holds, and every pixel of it, is settled by arithmetic before a thread sta
 only make it come sooner.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -42,12 +42,14 @@ class Batch:
     """A rank's share of a global batch.
 
     Attributes:
-        images_BHWC: uint8, RGB.
+        images_BHWC: uint8, RGB; none of them where there are `values`.
         labels_B: int64.
         partner_labels_B: int64, the label of what was mixed in; equal to `labels_B` if nothing was.
         label_weight_B: float32, the share of `labels_B`; 1 if nothing was mixed in.
         mask_B: bool, False for padding: black images of label 0, which count for nothing.
         num_global: number of images in the global batch, without padding.
+        values: what a frozen prefix computed from the images, each of shape (B, ...), instead of
+            them.
     """
 
     images_BHWC: torch.Tensor
@@ -56,9 +58,13 @@ class Batch:
     label_weight_B: torch.Tensor
     mask_B: torch.Tensor
     num_global: int
+    values: tuple[torch.Tensor, ...] = ()
 
 
-class _Share(NamedTuple):
+Transform = TrainTransform | EvalTransform | KeptTransform
+
+
+class Share(NamedTuple):
     """What a rank has of a global batch."""
 
     rows_B: Rows
@@ -105,30 +111,12 @@ def train_batches(
     Raises:
         DataError: a stored image cannot be decoded.
     """
-    rows = rows[_epoch_order(dataset, rows, seed, epoch)]
-    augment, view = transform.augment, view_of(epoch, transform.augment.num_views)
-
-    def fill(chunk: _Chunk) -> _Chunk:
-        images_BHWC, ids_B = chunk.pixels, dataset.ids_N[chunk.rows]
-        draws_B = transform.draws(ids_B, view)
-        for row, draws, image_HWC in zip(chunk.rows.tolist(), draws_B, images_BHWC, strict=True):
-            try:
-                transform.render(dataset.picture(row), draws, image_HWC)
-            except BadImage as err:
-                raise _damaged(dataset, row, err) from err
-        weights_B = mix_pairs(
-            images_BHWC, ids_B, augment, seed=transform.seed, view=view, stream=MIX_STREAM
-        )
-        chunk.batch.label_weight_B.numpy()[chunk.part] = weights_B
-        return chunk
-
-    size, is_mixed = transform.preprocess.image_size, bool(augment.mixup or augment.cutmix)
-    cuts = cut_batches(len(rows), batch_size)[first_batch:]
-    shares = [_Share(rows[rank_slice(cut, world)], 0, cut.stop - cut.start) for cut in cuts]
-    make = partial(_empty_batch, dataset, _pixels(size, pin_memory), is_mixed)
-    return _batches(
-        dataset, shares, make, fill, num_threads, _chunks_ahead(shares, size, num_threads)
-    )
+    shares = train_shares(
+        dataset, rows, seed=seed, epoch=epoch, batch_size=batch_size, world=world
+    )[first_batch:]
+    view = view_of(epoch, transform.augment.num_views)
+    fill = partial(_fill_with_views, dataset, transform, view)
+    return _planned_batches(dataset, shares, transform, fill, num_threads, pin_memory)
 
 
 def eval_batches(
@@ -149,23 +137,65 @@ def eval_batches(
         DataError: a stored image cannot be decoded.
     """
 
-    def fill(chunk: _Chunk) -> _Chunk:
-        for row, image_HWC in zip(chunk.rows.tolist(), chunk.pixels, strict=True):
-            try:
-                transform.render(dataset.picture(row), image_HWC)
-            except BadImage as err:
-                raise _damaged(dataset, row, err) from err
-        return chunk
+    shares = eval_shares(rows, batch_size=batch_size, world=world)
+    fill = partial(_fill_plainly, dataset, transform)
+    return _planned_batches(dataset, shares, transform, fill, num_threads, pin_memory)
 
+
+def rendered(
+    dataset: Dataset,
+    groups: Iterable[Rows],
+    transform: Transform,
+    *,
+    view: int,
+    largest: int,
+    num_threads: int,
+) -> Iterator[torch.Tensor]:
+    """Images (B, H, W, C) of each group of rows, as the batches of a view have them, unmixed.
+
+    Groups, of at most `largest` rows, are asked for a few ahead. The data set is not streamed.
+
+    Raises:
+        DataError: a stored image cannot be decoded.
+    """
+    assert dataset.window is None, "rows are read in any order"
+    fill = (
+        partial(_fill_with_views, dataset, transform, view)
+        if isinstance(transform, TrainTransform)
+        else partial(_fill_plainly, dataset, transform)
+    )
+    size = transform.preprocess.image_size
+    make = partial(_empty_batch, dataset, _pixels(size, pin_memory=False), False)
+    shares = (Share(rows_B, 0, len(rows_B)) for rows_B in groups)
+    ahead = _chunks_ahead(largest, size, num_threads)
+    return (b.images_BHWC for b in _batches(dataset, shares, make, fill, num_threads, ahead))
+
+
+# -- What each batch has -------------------------------------------------------------------------
+
+
+def train_shares(
+    dataset: Dataset, rows: Rows, *, seed: int, epoch: int, batch_size: int, world: World
+) -> list[Share]:
+    """A rank's share of each batch of an epoch, shuffled; `batch_size` is global."""
+    rows = rows[_epoch_order(dataset, rows, seed, epoch)]
+    cuts = cut_batches(len(rows), batch_size)
+    return [Share(rows[rank_slice(cut, world)], 0, cut.stop - cut.start) for cut in cuts]
+
+
+def eval_shares(rows: Rows, *, batch_size: int, world: World) -> list[Share]:
+    """A rank's share of each batch of an evaluation, padded to the size of all others'."""
     shares = []
     for cut in cut_batches(len(rows), batch_size):
         part, num_padding = padded_share(cut, world)
-        shares.append(_Share(rows[part], num_padding, cut.stop - cut.start))
-    size = transform.preprocess.image_size
-    make = partial(_empty_batch, dataset, _pixels(size, pin_memory), False)
-    return _batches(
-        dataset, shares, make, fill, num_threads, _chunks_ahead(shares, size, num_threads)
-    )
+        shares.append(Share(rows[part], num_padding, cut.stop - cut.start))
+    return shares
+
+
+def labelled(dataset: Dataset, share: Share, values: tuple[torch.Tensor, ...]) -> Batch:
+    """The batch of a share, with values of its rows and padding instead of their images."""
+    batch = _empty_batch(dataset, lambda count: torch.empty((count, 0, 0, 3)), False, share)
+    return replace(batch, values=values)
 
 
 def _epoch_order(dataset: Dataset, rows: Rows, seed: int, epoch: int) -> Rows:
@@ -176,18 +206,66 @@ def _epoch_order(dataset: Dataset, rows: Rows, seed: int, epoch: int) -> Rows:
     return window_order(ids_N, dataset.groups_N[rows], seed, epoch, dataset.window)
 
 
+# -- How it is made ------------------------------------------------------------------------------
+
+
+def _fill_with_views(
+    dataset: Dataset, transform: TrainTransform, view: int, chunk: _Chunk
+) -> _Chunk:
+    images_BHWC, ids_B = chunk.pixels, dataset.ids_N[chunk.rows]
+    draws_B = transform.draws(ids_B, view)
+    for row, draws, image_HWC in zip(chunk.rows.tolist(), draws_B, images_BHWC, strict=True):
+        try:
+            transform.render(dataset.picture(row), draws, image_HWC)
+        except BadImage as err:
+            raise _damaged(dataset, row, err) from err
+    weights_B = mix_pairs(
+        images_BHWC, ids_B, transform.augment, seed=transform.seed, view=view, stream=MIX_STREAM
+    )
+    chunk.batch.label_weight_B.numpy()[chunk.part] = weights_B
+    return chunk
+
+
+def _fill_plainly(
+    dataset: Dataset, transform: EvalTransform | KeptTransform, chunk: _Chunk
+) -> _Chunk:
+    for row, image_HWC in zip(chunk.rows.tolist(), chunk.pixels, strict=True):
+        try:
+            transform.render(dataset.picture(row), image_HWC)
+        except BadImage as err:
+            raise _damaged(dataset, row, err) from err
+    return chunk
+
+
+def _planned_batches(
+    dataset: Dataset,
+    shares: Sequence[Share],
+    transform: Transform,
+    fill: Callable[[_Chunk], _Chunk],
+    num_threads: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """The batches of shares that are all known beforehand."""
+    size = transform.preprocess.image_size
+    is_mixed = isinstance(transform, TrainTransform) and transform.is_mixed
+    make = partial(_empty_batch, dataset, _pixels(size, pin_memory), is_mixed)
+    if shares:
+        dataset.plan(np.concatenate([share.rows_B for share in shares]))
+    largest = max((len(share.rows_B) for share in shares), default=0)
+    ahead = _chunks_ahead(largest, size, num_threads)
+    return _batches(dataset, shares, make, fill, num_threads, ahead)
+
+
 def _batches(
     dataset: Dataset,
-    shares: Sequence[_Share],
-    make: Callable[[_Share], Batch],
+    shares: Iterable[Share],
+    make: Callable[[Share], Batch],
     fill: Callable[[_Chunk], _Chunk],
     num_threads: int,
     ahead: int,
 ) -> Iterator[Batch]:
     """Cut a rank's batches into chunks, have threads fill them, and hand over whole batches."""
     cv2.setNumThreads(0)  # the threads are ours; OpenCV's own would only be in their way
-    if shares:
-        dataset.plan(np.concatenate([share.rows_B for share in shares]))
 
     def chunks() -> Iterator[_Chunk]:
         for share in shares:
@@ -213,9 +291,11 @@ def _batches(
         filled.close()
 
 
-def _chunks_ahead(shares: Sequence[_Share], size: int, num_threads: int) -> int:
-    """How many chunks may be in the making: enough to keep the threads busy, if memory allows."""
-    largest = max((len(share.rows_B) for share in shares), default=0)
+def _chunks_ahead(largest: int, size: int, num_threads: int) -> int:
+    """How many chunks may be in the making: enough to keep the threads busy, if memory allows.
+
+    `largest`: images of the largest batch.
+    """
     wanted = max(_BATCHES_AHEAD * -(-largest // _CHUNK), num_threads + 1)
     return max(1, min(wanted, _BYTES_AHEAD // (_CHUNK * size * size * 3)))
 
@@ -229,7 +309,7 @@ def _pixels(size: int, pin_memory: bool) -> Callable[[int], torch.Tensor]:
 
 
 def _empty_batch(
-    dataset: Dataset, pixels: Callable[[int], torch.Tensor], is_mixed: bool, share: _Share
+    dataset: Dataset, pixels: Callable[[int], torch.Tensor], is_mixed: bool, share: Share
 ) -> Batch:
     """A batch with everything but its pixels, and its weights if it is mixed."""
     num_rows, num_images = len(share.rows_B), len(share.rows_B) + share.num_padding

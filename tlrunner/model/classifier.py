@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BATCH_NORM
 
 from tlrunner.config import BackboneConfig, HeadConfig, Preprocess
 from tlrunner.errors import StorageError
-from tlrunner.model.backbones import BackboneInfo, build_backbone, describe
+from tlrunner.model.backbones import Backbone, BackboneInfo, build_backbone, describe
 from tlrunner.model.freeze import Level
 from tlrunner.model.heads import build_head
+from tlrunner.model.split import Split
 from tlrunner.model.stages import Stages, is_norm, module_spans, norm_parameters
 
 __all__ = ["BackboneInfo", "Classifier", "build_classifier", "describe"]
@@ -34,10 +35,19 @@ class Classifier(nn.Module):
         self.head = head
         self.stages = stages
         self.levels = (Level.TRAINED,) * len(stages.names)
+        self.split: Split | None = None  # its parts are the backbone's own modules
         self._pinned: frozenset[str] = frozenset()  # backbone modules that stay in eval mode
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(images_BCHW))
+    def forward(
+        self, images_BCHW: Tensor | None = None, *, values: tuple[Tensor, ...] = ()
+    ) -> Tensor:
+        """Logits of images, or of what the prefix of `split` computed from them."""
+        if images_BCHW is None:
+            assert self.split is not None, "values come from a cut"
+            features = self.split.suffix(*values)
+        else:
+            features = self.backbone(images_BCHW)
+        logits: Tensor = self.head(features)
         return logits
 
     def set_levels(self, levels: tuple[Level, ...]) -> None:
@@ -149,6 +159,10 @@ def build_classifier(
         StorageError: weights that cannot be fetched or read.
     """
     built = build_backbone(backbone, head, image_size, weights_file)
+    return with_head(built, head, num_classes), built.preprocess
+
+
+def with_head(built: Backbone, head: HeadConfig, num_classes: int) -> Classifier:
+    """A classifier of a backbone and a fresh head."""
     num_features = math.prod(built.feature_shape)
-    classifier = Classifier(built.module, build_head(head, num_features, num_classes), built.stages)
-    return classifier, built.preprocess
+    return Classifier(built.module, build_head(head, num_features, num_classes), built.stages)

@@ -268,7 +268,7 @@ class VitBackbone(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         patches_BNC = self.conv_proj(images_BCHW).flatten(2).transpose(1, 2)
-        class_B1C = self.class_token.expand(len(patches_BNC), -1, -1)
+        class_B1C = self.class_token.expand(patches_BNC.shape[0], -1, -1)
         tokens_BNC: Tensor = self.encoder(torch.cat([class_B1C, patches_BNC], dim=1))
         if self.pooling is None:
             return tokens_BNC

@@ -42,9 +42,9 @@ from tlrunner.train.checkpoint import (
     verify_commit,
     write_commit,
 )
+from tlrunner.train.loaded import load_classifier
 from tlrunner.train.loop import ModelInput
 from tlrunner.train.place import place_at
-from tlrunner.train.trial import load_classifier
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
 

@@ -12,13 +12,22 @@ from tlrunner.data.cache import NodeCache
 from tlrunner.data.dataset import Dataset, load_manifest, open_dataset
 from tlrunner.data.decoded import DecodedCache, Kept, KeptTransform
 from tlrunner.data.fetch import open_store
-from tlrunner.data.loader import Batch, eval_batches, num_batches, train_batches
+from tlrunner.data.loader import (
+    Batch,
+    Share,
+    eval_batches,
+    eval_shares,
+    num_batches,
+    train_batches,
+    train_shares,
+)
 from tlrunner.data.order import Rows, Splits, split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.store import LocalStore
 from tlrunner.data.world import World
 from tlrunner.errors import ConfigError, DataError
 from tlrunner.machine import memory_bytes
+from tlrunner.train.demand import seed_of_views
 from tlrunner.train.images import Images
 from tlrunner.uris import local_path
 
@@ -183,6 +192,30 @@ class Feed:
         share = -(-self.config.train.batch_size // self.world.size)
         return -(-share // self.config.train.gradient_accumulation_steps)
 
+    @property
+    def train_transform(self) -> TrainTransform:
+        return TrainTransform(self.config.augment, self.preprocess, seed_of_views(self.config))
+
+    @property
+    def eval_transform(self) -> EvalTransform | KeptTransform:
+        return (KeptTransform if self.dataset.decoded else EvalTransform)(self.preprocess)
+
+    def train_shares(self, epoch: int) -> list[Share]:
+        """What this worker has of each batch of an epoch."""
+        return train_shares(
+            self.dataset,
+            self.splits.train,
+            seed=self.config.train.seed,
+            epoch=epoch,
+            batch_size=self.config.train.batch_size,
+            world=self.world,
+        )
+
+    def val_shares(self) -> list[Share]:
+        """What this worker has of each batch of validation."""
+        rows = in_reading_order(self.dataset, self.splits.val)
+        return eval_shares(rows, batch_size=self.config.train.batch_size, world=self.world)
+
     def check_shares(self) -> None:
         """Check that each worker has something of each batch.
 
@@ -200,12 +233,11 @@ class Feed:
 
     def train(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch counted from 0."""
-        seed = self.config.train.seed
         batches = train_batches(
             self.dataset,
             self.splits.train,
-            TrainTransform(self.config.augment, self.preprocess, seed),
-            seed=seed,
+            self.train_transform,
+            seed=self.config.train.seed,
             epoch=epoch,
             batch_size=self.config.train.batch_size,
             world=self.world,
@@ -218,7 +250,7 @@ class Feed:
         batches = eval_batches(
             self.dataset,
             in_reading_order(self.dataset, self.splits.val),
-            (KeptTransform if self.dataset.decoded else EvalTransform)(self.preprocess),
+            self.eval_transform,
             batch_size=self.config.train.batch_size,
             world=self.world,
             num_threads=self.num_threads,

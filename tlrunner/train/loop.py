@@ -4,14 +4,15 @@ A global batch is one optimizer step, whatever number of micro-batches it is com
 micro-batch adds its summed loss over the size of the global batch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tlrunner.config import OptimConfig, Preprocess, TrainConfig
@@ -19,6 +20,7 @@ from tlrunner.data.loader import Batch
 from tlrunner.data.normalise import level_table, normalised
 from tlrunner.model.classifier import Classifier
 from tlrunner.model.freeze import Level
+from tlrunner.model.split import Split
 from tlrunner.train.ema import Ema
 from tlrunner.train.metrics import Metrics, Sums
 from tlrunner.train.optim import (
@@ -72,9 +74,13 @@ class Loop:
         on_gpu = self.accelerator.device.type == "cuda"
         return self.is_shared and not on_gpu and self.classifier.num_moving_norms > 0
 
-    def enter_phase(self, levels: tuple[Level, ...]) -> None:
-        """From now on the stages train as `levels` say; what trained before keeps its moments."""
+    def enter_phase(self, levels: tuple[Level, ...], split: Split | None = None) -> None:
+        """From now on the stages train as `levels` say; what trained before keeps its moments.
+
+        `split`: of the backbone, for batches that hold values at its cut.
+        """
         self.classifier.set_levels(levels)
+        self.classifier.split = split
         if self.is_shared:
             # DistributedDataParallel looks at what trains when it wraps, and never again.
             inner = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -121,7 +127,7 @@ class Loop:
         sums = Sums(self.accelerator.device)
         with self.ema.swapped_in() if self.ema else nullcontext():
             for batch in batches:
-                logits_BK = self.classifier(self.prepared(batch.images_BHWC))
+                logits_BK = self._logits(self.classifier, batch)
                 loss, correct = mixed_loss(logits_BK, batch, label_smoothing=0.0)
                 sums.add(correct, loss, int(batch.mask_B.sum()))
         return sums.metrics(self._over_workers)
@@ -156,7 +162,7 @@ class Loop:
             is_last = index + 1 == len(parts)
             # Gradients of several workers are exchanged once, with the last micro-batch.
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                logits_BK = self.model(self.prepared(part.images_BHWC))
+                logits_BK = self._logits(self.model, part)
                 loss, correct = mixed_loss(logits_BK, part, self.train.label_smoothing)
                 share = self.accelerator.num_processes / batch.num_global
                 self.accelerator.backward(loss * share)
@@ -172,6 +178,22 @@ class Loop:
         if self.ema:
             self.ema.update()
         return total
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of the images of a batch, or of the values that it has instead."""
+        if not batch.values:
+            return cast(Tensor, model(self.prepared(batch.images_BHWC)))
+        device = self.accelerator.device
+        values = tuple(value.to(device, non_blocking=True) for value in batch.values)
+        return cast(Tensor, model(values=values))
+
+    def adopt(self, head: Mapping[str, Tensor]) -> None:
+        """Take a head that was trained elsewhere, averaged if the config averages."""
+        self.classifier.head.load_state_dict(head)
+        if self.ema:
+            self.ema.follow(self.classifier.trainable_state())
+            for name, tensor in head.items():
+                self.ema.average[f"head.{name}"].copy_(tensor)
 
     def prepared(self, images_BHWC: Tensor) -> Tensor:
         """The model's input: normalised images, in the config's memory layout."""
@@ -246,6 +268,7 @@ def micro_batches(batch: Batch, num_parts: int) -> Iterator[Batch]:
             partner_labels_B=batch.partner_labels_B[rows],
             label_weight_B=batch.label_weight_B[rows],
             mask_B=batch.mask_B[rows],
+            values=tuple(value[rows] for value in batch.values),
         )
 
 

@@ -14,17 +14,20 @@ from pathlib import Path
 
 import torch
 
-from tlrunner.config import Preprocess, TrialConfig
+from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
-from tlrunner.data.fetch import fetch
+from tlrunner.data.dataset import Dataset
+from tlrunner.data.order import Splits
 from tlrunner.data.world import World
 from tlrunner.errors import ResourceError
-from tlrunner.model.classifier import Classifier, build_classifier
-from tlrunner.model.freeze import check, levels, phase_starts
+from tlrunner.model.freeze import Level, check, levels, phase_starts
+from tlrunner.train.beside import Beside
 from tlrunner.train.checkpoint import write_checkpoint
+from tlrunner.train.demand import demand_of
 from tlrunner.train.device import build_accelerator
 from tlrunner.train.feed import Feed, open_data, use_decoded_cache
 from tlrunner.train.images import Images
+from tlrunner.train.loaded import load_backbone, new_classifier
 from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.place import Place
 from tlrunner.train.probe import check_memory, latency_seconds
@@ -33,8 +36,9 @@ from tlrunner.train.resume import (
     read_resumable,
     training_state,
 )
+from tlrunner.train.reuse import Reuse
+from tlrunner.train.swept import Member, sweep_of
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
-from tlrunner.uris import is_weights_file
 
 SINGLE = World()
 
@@ -58,6 +62,7 @@ def run_trial(
     resume_from: Place | None = None,
     num_last: int = 0,
     notes: tuple[str, ...] = (),
+    beside: Beside | None = None,
 ) -> TrialResult:
     """Fine-tune one configuration.
 
@@ -72,12 +77,16 @@ def run_trial(
         resume_from: a checkpoint with a training state, of this trial or of another, to go on from.
         num_last: checkpoints of the newest epochs that are kept so, beside that of the best epoch.
         notes: what a reader of the trial's figures should know.
+        beside: the other trials of its search, and what this process keeps for them.
 
     Raises:
         ConfigError, DataError, ResourceError, StorageError: see each layer.
         torch.OutOfMemoryError: the trial has several workers, all of which have to start once more.
     """
-    attempt = partial(_run, once_each(report), trial_dir, images, world, resume_from, num_last)
+    beside = beside or Beside([config])
+    attempt = partial(
+        _run, once_each(report), trial_dir, images, world, resume_from, num_last, beside
+    )
     try:
         return attempt(notes, config)
     except torch.OutOfMemoryError:
@@ -136,6 +145,7 @@ def _run(
     world: World,
     resume_from: Place | None,
     num_last: int,
+    beside: Beside,
     notes: tuple[str, ...],
     config: TrialConfig,
 ) -> TrialResult:
@@ -146,27 +156,25 @@ def _run(
     if record:
         record.begin(config, notes, after_epoch=first_epoch)
 
-    # -- Data, model, freezing -------------------------------------------------------------------
-    loop, feed = build(config, images, world)
-    num_stages = len(loop.classifier.stages.names)
+    # -- Data, model, freezing, reuse --------------------------------------------------------------
+    loop, reuse, latency = build(config, images, world, beside)
+    feed, num_stages = reuse.feed, len(loop.classifier.stages.names)
     phases = phase_starts(config.freeze, num_stages, config.train.epochs)
-    last_levels = levels(config.freeze, num_stages, phases[-1])
     if loop.accelerator.device.type == "cuda":
+        last_levels = levels(config.freeze, num_stages, phases[-1])
         check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
-    latency = latency_seconds(loop, feed.preprocess.image_size)
     if resumed:
-        loop.enter_phase(levels(config.freeze, num_stages, first_epoch - 1))
+        _enter_phase(loop, reuse, levels(config.freeze, num_stages, first_epoch - 1))
         load_training_state(loop, resumed)
+    sweep = None if resumed or num_last else sweep_of(config, loop, reuse, beside)
 
     # -- Epochs ----------------------------------------------------------------------------------
     best = record.read().best if record else None
     for epoch in range(first_epoch, config.train.epochs):
         if epoch in phases:
-            loop.enter_phase(levels(config.freeze, num_stages, epoch))
-        if record and loop.has_statistics_apart:
-            record.note("BatchNorm statistics are of each worker's part of a batch")
+            _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         try:
-            finished = _run_epoch(loop, feed, epoch)
+            finished = _run_epoch(loop, reuse, sweep, epoch)
         except DivergedError as err:
             if record:
                 record.end("diverged", str(err))
@@ -179,59 +187,70 @@ def _run(
         if best is None or is_best:
             best = finished
         if record:
-            record.append(finished)
+            _tell(record, loop, reuse, finished)
             if is_best or num_last:  # recorded as such, so those it replaces can go
                 record.keep_only(record.best_checkpoint(best), num_last)
         report(finished)
     return TrialResult("completed", best)
 
 
-def build(config: TrialConfig, images: Images | None, world: World) -> tuple[Loop, Feed]:
-    """What trains, and what it is fed with."""
+def build(
+    config: TrialConfig, images: Images | None, world: World, beside: Beside
+) -> tuple[Loop, Reuse, float]:
+    """What trains, what it is fed with, and the model's latency in seconds."""
     accelerator = build_accelerator(config)
-    dataset, splits = open_data(config.data, images)
-    classifier, preprocess = load_classifier(config, len(dataset.class_names))
-    check(config.freeze, len(classifier.stages.names), config.backbone.name)
+    warm, on_gpu = beside.warm, accelerator.device.type == "cuda"
+    loaded = load_backbone(config, warm)
+    preprocess = loaded.backbone.preprocess
+    check(config.freeze, len(loaded.backbone.stages.names), config.backbone.name)
+
+    def opened() -> tuple[Dataset, Splits]:
+        dataset, splits = open_data(config.data, images)
+        use_decoded_cache(config.data, dataset, splits, preprocess)
+        return dataset, splits
+
+    dataset, splits = warm.once("data", repr([config.data, images, preprocess]), opened)
+    classifier = new_classifier(config, loaded, len(dataset.class_names))
     if world.rank:  # the same weights, and dropout of its own
         torch.manual_seed(config.train.seed + world.rank)
-    use_decoded_cache(config.data, dataset, splits, preprocess)
-    on_gpu = accelerator.device.type == "cuda"
     feed = Feed(config, dataset, splits, preprocess, world, pin_memory=on_gpu)
     feed.check_shares()
-    return Loop(accelerator, classifier, preprocess, config.optim, config.train), feed
-
-
-def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess]:
-    """The backbone with its weights and a fresh head, in the memory layout of the config.
-
-    Seeds torch's generator: whatever is not pretrained is the same whenever a config is loaded, for
-    its training and for its export. Dropout goes on from there.
-    """
-    torch.manual_seed(config.train.seed)
-    weights = config.backbone.weights
-    file = (
-        fetch(weights, config.data.cache_dir, config.backbone.weights_sha256)
-        if is_weights_file(weights)
-        else None
+    loop = Loop(accelerator, classifier, preprocess, config.optim, config.train)
+    reuse = Reuse(feed, loop, demand_of(beside, config), warm, loaded.warm)
+    latency = loaded.warm.once(
+        "latency",
+        repr([config.head, accelerator.device, config.train.mixed_precision]),
+        lambda: latency_seconds(loop, preprocess.image_size),
     )
-    classifier, preprocess = build_classifier(
-        config.backbone, config.head, num_classes, config.data.image_size, file
-    )
-    if config.train.channels_last:
-        classifier.to(memory_format=torch.channels_last)
-    if config.train.compile:
-        classifier.compile()
-    return classifier, preprocess
+    return loop, reuse, latency
 
 
-def _run_epoch(loop: Loop, feed: Feed, epoch: int) -> EpochReport:
+def _enter_phase(loop: Loop, reuse: Reuse, of_stages: tuple[Level, ...]) -> None:
+    loop.enter_phase(of_stages, reuse.enter(of_stages))
+
+
+def _tell(record: TrialDir, loop: Loop, reuse: Reuse, finished: EpochReport) -> None:
+    """Save the figures of an epoch, and what a reader of them should know."""
+    if loop.has_statistics_apart:
+        record.note("BatchNorm statistics are of each worker's part of a batch")
+    for note in reuse.notes:
+        record.note(note)
+    record.append(finished)
+
+
+def _run_epoch(loop: Loop, reuse: Reuse, sweep: Member | None, epoch: int) -> EpochReport:
     """The figures of an epoch counted from 0; what is known of the trial is added by the caller."""
     started = time.monotonic()
-    trained = loop.train_epoch(feed.train(epoch), epoch, feed.num_steps)
-    train_seconds = time.monotonic() - started
-    validated = loop.evaluate(feed.val())
+    num_steps = reuse.feed.num_steps
+    if sweep:
+        trained, validated, head, train_seconds = sweep.epoch(epoch, reuse)
+        loop.adopt(head)
+    else:
+        trained = loop.train_epoch(reuse.train(epoch), epoch, num_steps)
+        train_seconds = time.monotonic() - started
+        validated = loop.evaluate(reuse.val())
     if not math.isfinite(validated.loss):
-        raise DivergedError(feed.num_steps * (epoch + 1))
+        raise DivergedError(num_steps * (epoch + 1))
     parameters = list(loop.classifier.parameters())
     return EpochReport(
         epoch=epoch + 1,
@@ -244,6 +263,9 @@ def _run_epoch(loop: Loop, feed: Feed, epoch: int) -> EpochReport:
         latency_seconds=0.0,
         seconds=0.0,
         checkpoint=None,
+        fill_seconds=reuse.fill_seconds,
+        saved_seconds=reuse.saved_seconds,
+        reused_bytes=reuse.num_bytes,
     )
 
 

@@ -38,6 +38,9 @@ class EpochReport:
     latency_seconds: float  # for one image, on the device it trains on
     seconds: float  # since the trial began
     checkpoint: str | None  # directory name of this epoch's checkpoint, if it has one
+    fill_seconds: float = 0.0  # so far, of computing what is kept of frozen stages
+    saved_seconds: float = 0.0  # so far, that frozen stages would have taken for what was read
+    reused_bytes: int = 0  # of the largest file that values were read from
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from ray import tune
 from rich.console import Console
 
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.beside import Beside
+from tlrunner.train.demand import demands
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
@@ -23,7 +25,7 @@ from tlrunner.tune.progress import Progress
 from tlrunner.tune.propose import ListedPoints, OptunaPoints, Points, Proposer
 from tlrunner.tune.repeats import candidates, repeats_of
 from tlrunner.tune.schedule import build_scheduler, num_last
-from tlrunner.tune.space import iter_points
+from tlrunner.tune.space import iter_points, num_trials_of, planned_trials
 from tlrunner.tune.spend import Over, Spending
 from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import build_trainable
@@ -87,7 +89,8 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
     with Progress(job, search.trials, search.num_trials, console) as progress:
         tuner = tune.Tuner(
             tune.with_resources(
-                build_trainable(job, search.trials, search.images, kept), _resources(job)
+                build_trainable(job, search.trials, search.images, kept, _beside(job)),
+                _resources(job),
             ),
             **_proposed(job, points, spending, progress),
             run_config=tune.RunConfig(
@@ -135,6 +138,12 @@ def _proposed(
     proposer = Proposer(points, has_room, progress.record_of)
     config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **settings)
     return {"tune_config": config}
+
+
+def _beside(job: JobConfig) -> Beside:
+    """The trials that are known now, or of TPE as many random ones, and what they will read."""
+    configs = [trial.config for trial in planned_trials(job)[: num_trials_of(job)]]
+    return Beside(configs, demands(configs))
 
 
 def _trackers(search: Search, progress: Progress) -> list[tune.Callback]:

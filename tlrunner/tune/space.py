@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Point = dict[str, Any]
 Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value from it
 
-SHARED_BY_ALL_TRIALS = ("data.", "resources.")
+SHARED_BY_ALL_TRIALS = ("data.", "reuse.", "resources.")
 MAX_REPEATS = 1000  # random draws of known points before a small space is taken to be exhausted
 NUM_PROBES = 64  # random points on which a space is checked that is only asked later
 MAX_PLANNED = 1000  # points of a search of very many that are checked beforehand
@@ -74,6 +74,9 @@ def iter_points(job: JobConfig) -> Iterator[Point]:
     Point i of a random search depends on the seed and i alone, so more trials extend a search. It
     ends where `budget.num_trials` says, or when the space has no other points.
     """
+    if job.search.points:
+        yield from {canonical_json(point): dict(point) for point in job.search.points}.values()
+        return
     if job.search.algorithm == "grid":
         yield from _grid_points(job)
         return
@@ -121,7 +124,9 @@ def located(job: JobConfig, config: TrialConfig) -> dict[str, tuple[Distribution
 
 
 def point_at(job: JobConfig, config: TrialConfig) -> Point:
-    """The point that leads to a config of the space."""
+    """The point that leads to a config of the search."""
+    if job.search.points:
+        return next(p for p in iter_points(job) if trial_at(job, 0, p).config == config)
     found = located(job, config)
     assert found is not None, "a config of the space"
     return {name.partition("#")[0]: value for name, (_, value) in found.items()}
@@ -263,21 +268,9 @@ def _check_keys(job: JobConfig) -> None:
     base = job.trial()
     for key, entries in job.search.space.items():
         conditions = [pair for entry in entries for pair in entry.when.items()]
-        for searched in [key, *(other for other, _ in conditions)]:
-            try:
-                get_value(base, searched)
-            except ConfigError as err:
-                raise ConfigError(f"search.space: {err.found}", err.valid, err.remedy) from err
-            if "." not in searched:
-                raise ConfigError(
-                    f"search.space: '{searched}' is a section", f"a key in it, as '{searched}.KEY'"
-                )
-        if key.startswith(SHARED_BY_ALL_TRIALS) and key != "data.image_size":
-            raise ConfigError(
-                f"search.space: '{key}' is the same for all trials of a search, so that they "
-                "can be compared",
-                "keys of backbone, freeze, head, optim, train, augment, and data.image_size",
-            )
+        _check_key(base, key)
+        for other, _ in conditions:
+            _check_exists(base, other)
         if not all(entry.when for entry in entries[:-1]):
             raise ConfigError(
                 f"search.space: '{key}' has a distribution without `when` before others, which "
@@ -289,7 +282,30 @@ def _check_keys(job: JobConfig) -> None:
                 _check_values(job, key, entry.values, f"'{key}' can be")
         for other, wanted in conditions:
             _check_condition(job, key, other, wanted)
+    for point in job.search.points:
+        for key in point:
+            _check_key(base, key)
     _ordered_keys(job)
+
+
+def _check_key(base: TrialConfig, key: str) -> None:
+    """A key that trials of a search can differ in."""
+    if key.startswith(SHARED_BY_ALL_TRIALS) and key != "data.image_size":
+        raise ConfigError(
+            f"search.space: '{key}' is the same for all trials of a search, so that they "
+            "can be compared",
+            "keys of backbone, freeze, head, optim, train, augment, and data.image_size",
+        )
+    _check_exists(base, key)
+
+
+def _check_exists(base: TrialConfig, key: str) -> None:
+    try:
+        get_value(base, key)
+    except ConfigError as err:
+        raise ConfigError(f"search.space: {err.found}", err.valid, err.remedy) from err
+    if "." not in key:
+        raise ConfigError(f"search.space: '{key}' is a section", f"a key in it, as '{key}.KEY'")
 
 
 def _check_values(job: JobConfig, key: str, values: Sequence[Any], saying: str) -> None:

@@ -8,6 +8,7 @@ what the actor is to run, and gives trials to those that are ready: while the ot
 importing torch, one actor did all the short trials.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.tune.space import PlannedTrial, trial_at
+
+END_SECONDS = 60  # a stopped trial may take to end its workers, before the next one fails for it
 
 if TYPE_CHECKING:
     from tlrunner.train.trial_dir import EpochReport
@@ -31,28 +35,37 @@ def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
 
 
 def build_trainable(
-    job: JobConfig, trials: Place, images: Images, num_last: int = 0
+    job: JobConfig, trials: Place, images: Images, num_last: int, beside: Beside
 ) -> Callable[[dict[str, Any]], None]:
     """The function Ray Tune calls with the values of one trial, and again after each pause.
 
+    A process keeps it from one trial to the next, and so what `beside` keeps warm.
+
     Args:
         num_last: newest checkpoints to keep, from which trials go on after a pause.
+        beside: the trials of the search.
     """
 
     def trainable(values: dict[str, Any]) -> None:
-        run_planned(job, trials, images, num_last, values)
+        run_planned(job, trials, images, num_last, beside, values)
 
     return trainable
 
 
 def run_planned(
-    job: JobConfig, trials: Place, images: Images, num_last: int, values: dict[str, Any]
+    job: JobConfig,
+    trials: Place,
+    images: Images,
+    num_last: int,
+    beside: Beside,
+    values: dict[str, Any],
 ) -> None:
     """Run a trial, or tell again what it did, or go on behind its pause."""
     from tlrunner.train.trial import run_trial
     from tlrunner.train.trial_dir import TrialDir
     from tlrunner.tune.workers import run_in_workers
 
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
     planned = planned_trial(job, values)
     directory = TrialDir(trials.below(planned.trial_id))
     directory.place.fetch()
@@ -75,6 +88,7 @@ def run_planned(
             resume_from=resume_from,
             num_last=num_last,
             notes=notes,
+            beside=beside,
         )
     except Exception as err:  # the border: whatever it is, the trial's directory says so
         directory.fail(err)

@@ -1,0 +1,118 @@
+"""How long does a search over given trials take, beside a script that does not reuse frozen work?
+
+    python jobs/bench_search.py --trials '[{"frozen": "head", "lr": 0.003}]' --data DIR --out DIR
+        [--peer SCRIPT] [--rounds 3]
+
+A trial is `{"frozen": what, "lr": rate}`: `"head"` freezes the whole EfficientNet-Lite0, a number
+so many of its layers from the stem up, counted as stem, stem norm, seven block groups, last
+convolution and its norm; 0 trains all. They run through the search of the jobs, on 800 images of
+128 px for 3 epochs if `--set` says nothing else, each round as a command of its own, so that every
+second from its start to its end counts. `--peer` is a script that takes
+`DATA EPOCHS TRIALS LIMIT IMAGE_SIZE OUT` and prints `{"wall": seconds, "accs": [...]}`; it runs in
+turns with ours, with half a minute of start-up that it does not count.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tlrunner.cli import run_job
+from tlrunner.jobconfig import JobConfig
+
+DEFAULTS = {
+    "data.limit": 800,
+    "data.image_size": 128,
+    "train.epochs": 3,
+    "augment.crop_scale": [0.6, 1.0],
+    "search.algorithm": "grid",
+}
+
+
+def num_trained(frozen: int) -> int:
+    """Stages of ours that train where so many of the 11 layers are frozen.
+
+    We have a convolution and its norm in one stage: 9 stages, and a stage with any layer that
+    trains does train.
+    """
+    return 10 - min(max(frozen, 1), 9)
+
+
+def point_of(trial: dict[str, Any]) -> dict[str, Any]:
+    """The values of a trial as dotted keys."""
+    frozen = trial["frozen"]
+    freeze: dict[str, Any] = {"freeze.strategy": "full"}
+    if frozen in ("head", 11):
+        freeze = {"freeze.strategy": "head"}
+    elif frozen > 1:
+        freeze = {"freeze.strategy": "last_stages", "freeze.num_stages": num_trained(frozen)}
+    others = {key: value for key, value in trial.items() if key not in ("frozen", "lr")}
+    return {**freeze, "optim.lr": trial["lr"], **others}
+
+
+def ours(flags: argparse.Namespace, others: list[str], directory: Path) -> tuple[float, float]:
+    """Seconds of the command and the best accuracy; nothing is kept from an earlier round."""
+    points = [point_of(trial) for trial in json.loads(flags.trials)]
+    settings = {
+        **DEFAULTS,
+        "search.points": points,
+        "data.cache_dir": str(directory / "cache"),
+    }
+    tree = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    command = [sys.executable, __file__, "--search", "--data", flags.data, "--set", *tree, *others]
+    started = time.perf_counter()
+    subprocess.run([*command, "--out", str(directory), "--name", "run"], check=True)
+    seconds = time.perf_counter() - started
+    summary = json.loads((directory / "run" / "summary.json").read_text())
+    return seconds, float(summary["best"]["val_acc"])
+
+
+def peer(flags: argparse.Namespace, directory: Path) -> tuple[float, float]:
+    """Likewise for the peer."""
+    epochs, limit, size = (
+        str(DEFAULTS[key]) for key in ("train.epochs", "data.limit", "data.image_size")
+    )
+    command = [sys.executable, flags.peer, flags.data, epochs, flags.trials, limit, size]
+    done = subprocess.run([*command, str(directory)], check=True, stdout=subprocess.PIPE, text=True)
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    return float(told["wall"]), max(float(acc) for acc in told["accs"] if acc is not None)
+
+
+def bench(flags: argparse.Namespace, others: list[str]) -> None:
+    results: dict[str, list[tuple[float, float]]] = {"tlrunner": []}
+    for number in range(flags.rounds):
+        with tempfile.TemporaryDirectory(dir=flags.out) as directory:
+            results["tlrunner"].append(ours(flags, others, Path(directory)))
+            if flags.peer:
+                results.setdefault("peer", []).append(peer(flags, Path(directory) / "peer"))
+        for name, rounds in results.items():
+            print(f"round {number + 1}: {name} {rounds[-1][0]:.1f} s, best {rounds[-1][1]:.4f}")
+    for name, rounds in results.items():
+        seconds = statistics.median(seconds for seconds, _ in rounds)
+        accuracy = statistics.mean(accuracy for _, accuracy in rounds)
+        print(f"{name:9} {seconds:7.1f} s, mean best accuracy {accuracy:.4f}")
+    if flags.peer:
+        pairs = zip(results["tlrunner"], results["peer"], strict=True)
+        ratios = [theirs[0] / mine[0] for mine, theirs in pairs]
+        print(
+            f"tlrunner is {statistics.median(ratios):.2f} times as fast "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    if "--search" in sys.argv:
+        sys.argv.remove("--search")
+        sys.exit(run_job(Path(__file__).stem, JobConfig, "tlrunner.run:tune"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", required=True, help="JSON list of {frozen, lr}")
+    parser.add_argument("--data", required=True, help="an ImageFolder directory")
+    parser.add_argument("--out", required=True, help="directory for runs, which are removed again")
+    parser.add_argument("--peer", help="script to compare with")
+    parser.add_argument("--rounds", type=int, default=3)
+    bench(*parser.parse_known_args())

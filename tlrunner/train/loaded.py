@@ -1,0 +1,79 @@
+"""A classifier as a trial begins with it: a pretrained backbone, loaded once a process, and a head.
+
+Whatever is not pretrained depends on the seed alone, so it is the same whenever a config is loaded:
+for its training, beside other trials, and for its export.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlrunner.config import Preprocess, TrialConfig
+from tlrunner.data.fetch import fetch
+from tlrunner.model.backbones import Backbone, build_backbone
+from tlrunner.model.classifier import Classifier, with_head
+from tlrunner.train.warm import Warm
+from tlrunner.uris import is_weights_file
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A backbone that the trials of a process train one after another.
+
+    Attributes:
+        pristine: its tensors as they were loaded; none if it serves a single trial.
+        warm: what was found out about it, and holds as long as it is kept.
+    """
+
+    backbone: Backbone
+    pristine: dict[str, Tensor]
+    warm: Warm
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Forget what a trial before did to it."""
+        self.backbone.module.requires_grad_(True).train()
+        for name, tensor in self.backbone.module.state_dict().items():
+            if name in self.pristine:
+                tensor.copy_(self.pristine[name])
+
+
+def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess]:
+    """The backbone with its weights and a fresh head, in the memory layout of the config.
+
+    Seeds torch's generator; dropout goes on from there.
+    """
+    loaded = _load(config, is_kept=False)
+    return new_classifier(config, loaded, num_classes), loaded.backbone.preprocess
+
+
+def load_backbone(config: TrialConfig, warm: Warm) -> Loaded:
+    """The backbone of a config as it was pretrained, from an earlier trial if one had it."""
+    head, train = config.head, config.train
+    seed = train.seed if config.backbone.weights == "none" else None
+    pooling = None if head.kind == "flatten_mlp" else head.pooling
+    key = repr([config.backbone, pooling, config.data.image_size, train.channels_last, seed])
+    loaded = warm.once("backbone", key, lambda: _load(config, is_kept=True))
+    loaded.restore()
+    return loaded
+
+
+def new_classifier(config: TrialConfig, loaded: Loaded, num_classes: int) -> Classifier:
+    """The backbone with a fresh head."""
+    torch.manual_seed(config.train.seed)
+    classifier = with_head(loaded.backbone, config.head, num_classes)
+    if config.train.channels_last:
+        classifier.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        classifier.compile()
+    return classifier
+
+
+def _load(config: TrialConfig, *, is_kept: bool) -> Loaded:
+    torch.manual_seed(config.train.seed)
+    weights, sha256 = config.backbone.weights, config.backbone.weights_sha256
+    file = fetch(weights, config.data.cache_dir, sha256) if is_weights_file(weights) else None
+    backbone = build_backbone(config.backbone, config.head, config.data.image_size, file)
+    state = backbone.module.state_dict() if is_kept else {}
+    return Loaded(backbone, {name: tensor.clone() for name, tensor in state.items()}, Warm())
