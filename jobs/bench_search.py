@@ -63,10 +63,12 @@ def ours(flags: argparse.Namespace, others: list[str], directory: Path) -> tuple
         "search.points": points,
         "data.cache_dir": str(directory / "cache"),
     }
-    tree = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    command = [sys.executable, __file__, "--search", "--data", flags.data, "--set", *tree, *others]
+    command = [sys.executable, __file__, "--search", "--data", flags.data]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={json.dumps(value)}"]
     started = time.perf_counter()
-    subprocess.run([*command, "--out", str(directory), "--name", "run"], check=True)
+    named = ["--out", str(directory), "--name", "run"]
+    subprocess.run([*command, *others, *named], check=True)
     seconds = time.perf_counter() - started
     summary = json.loads((directory / "run" / "summary.json").read_text())
     return seconds, float(summary["best"]["val_acc"])
