@@ -43,7 +43,6 @@ class ActivationFile:
         self.num_entries, self.entry_bytes = num_entries, entry_bytes
         self.num_bytes = file_bytes(num_entries, entry_bytes)
         self.num_chunks = -(-num_entries // CHUNK)
-        self._locks = -1
         self._path = cache.directory / f"{name}.activations"
         self._file = cache.hold(self._path.name, self.num_bytes, lambda path: None)
         try:
@@ -61,8 +60,8 @@ class ActivationFile:
         self.entries: Bytes = content[: num_entries * entry_bytes].reshape(num_entries, entry_bytes)
 
     def __del__(self) -> None:
-        for descriptor in (getattr(self, "_file", -1), self._locks):
-            if descriptor >= 0:
+        for name in ("_file", "_locks"):  # one that found no room has neither
+            if (descriptor := getattr(self, name, -1)) >= 0:
                 os.close(descriptor)
 
     def span(self, chunk: int) -> slice:
