@@ -60,7 +60,8 @@ def render_page(
 <h1>{escape(summary["run"])}: {summary["status"]}</h1>
 <p>{escape(headline)}</p>
 <p>Trials: {states}. Wall time {summary["wall_seconds"]:.0f} s, compute
-{summary["compute_seconds"]:.0f} s.</p>
+{summary["compute_seconds"]:.0f} s. Frozen stages: {summary["reuse"]["fill_seconds"]:.0f} s spent on
+what is kept of them, {summary["reuse"]["saved_seconds"]:.0f} s of computing saved.</p>
 <h2>Validation accuracy by epoch</h2>
 {_curves(records[:MAX_CURVES])}
 <h2>Leaderboard</h2>

@@ -153,7 +153,18 @@ def summarise(
         "best": _summarise_best(best, judging.spreads(records)) if best else None,
         "wall_seconds": wall_seconds,
         "compute_seconds": sum(r.epochs[-1].seconds for r in records if r.epochs),
+        "reuse": _summarise_reuse(records),
         "versions": installed_versions(),
+    }
+
+
+def _summarise_reuse(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """Of frozen stages: seconds of computing what is kept, seconds that reading it saved."""
+    last = [record.epochs[-1] for record in records if record.epochs]
+    return {
+        "fill_seconds": sum(report.fill_seconds for report in last),
+        "saved_seconds": sum(report.saved_seconds for report in last),
+        "largest_file_bytes": max((report.reused_bytes for report in last), default=0),
     }
 
 
