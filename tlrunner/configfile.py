@@ -85,7 +85,7 @@ def load(
 ) -> AnySection:
     """The config of a job: defaults, then the file, then flags, then `--set` assignments.
 
-    A key that is set is searched no more: it leaves the search space.
+    A key that is set is searched no more: it leaves the search space, and points.
 
     Args:
         file: YAML, or JSON where the name ends in .json.
@@ -275,9 +275,12 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _fix(tree: dict[str, Any], key: str) -> None:
     search = tree.get("search")
-    space = search.get("space") if isinstance(search, dict) else None
-    if isinstance(space, dict):
-        space.pop(key, None)
+    if not isinstance(search, dict):
+        return
+    points = search.get("points")
+    for searched in [search.get("space"), *(points if isinstance(points, list) else [])]:
+        if isinstance(searched, dict):
+            searched.pop(key, None)
 
 
 def _explain(config_class: type[Section], errors: list[ErrorDetails]) -> ConfigError:

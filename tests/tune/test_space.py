@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlrunner.configfile import config_hash, validate
+from tlrunner.configfile import config_hash, load, validate
 from tlrunner.errors import ConfigError
 from tlrunner.files import canonical_json
 from tlrunner.jobconfig import JobConfig
@@ -15,6 +16,7 @@ from tlrunner.tune.space import (
     Point,
     iter_points,
     planned_trials,
+    point_at,
     random_point,
     suggest_point,
     trial_at,
@@ -39,6 +41,10 @@ CONDITIONAL: Space = {
 
 def job_of(space: Space, base: dict[str, Any] | None = None, **search: Any) -> JobConfig:
     return validate(JobConfig, {**(base or {}), "search": {"space": space, **search}})
+
+
+def listed(*points: Point, **search: Any) -> JobConfig:
+    return validate(JobConfig, {"search": {"points": points, "algorithm": "grid", **search}})
 
 
 def points_of(job: JobConfig) -> list[Point]:
@@ -270,3 +276,53 @@ def test_a_space_that_cannot_be_searched_is_refused_before_anything_starts(
 def test_the_image_size_can_be_searched() -> None:
     job = job_of({"data.image_size": {"choice": [32, 64]}}, budget={"num_trials": 2})
     assert {trial.config.data.image_size for trial in planned_trials(job)} == {32, 64}
+
+
+# -- Points one by one -----------------------------------------------------------------------------
+
+HEAD, LAST = {"optim.lr": 0.01}, {"freeze.strategy": "last_stages", "freeze.num_stages": 2}
+
+
+def test_points_are_tried_in_their_order_and_each_once() -> None:
+    job = listed(LAST, HEAD, LAST)
+    assert points_of(job) == [LAST, HEAD]
+    trials = planned_trials(job)
+    assert [trial.config.freeze.num_stages for trial in trials] == [2, None]
+    assert [point_at(job, trial.config) for trial in trials] == [LAST, HEAD]
+
+
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        ({"optim.learning_rate": 0.1}, "unknown key"),
+        ({"optim": {"lr": 0.1}}, "is a section"),
+        ({"data.limit": 10}, "is the same for all trials"),
+        ({"freeze.num_stages": 2}, "num_stages"),
+    ],
+)
+def test_a_point_that_is_no_trial_is_refused(point: Point, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        planned_trials(listed(HEAD, point))
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"space": {"optim.lr": {"grid": [0.1]}}}, "space and points are both set"),
+        ({"algorithm": "random"}, "points do not go with algorithm 'random'"),
+        ({"scheduler": "pbt"}, "points do not go with scheduler 'pbt'"),
+        ({"budget": {"num_trials": 3}}, "num_trials"),
+        ({"points": [{}]}, "points"),
+    ],
+)
+def test_points_go_with_nothing_that_draws_others(search: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        listed(HEAD, **search)
+
+
+def test_a_key_that_is_set_leaves_the_points(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text(canonical_json({"search": {"algorithm": "grid", "points": [{**LAST, **HEAD}]}}))
+    job = load(JobConfig, str(file), ["optim.lr=0.5"])
+    (trial,) = planned_trials(job)
+    assert trial.config.optim.lr == 0.5
