@@ -36,6 +36,9 @@ FIGURES = {
     "total_params",
     "latency_seconds",
     "seconds",
+    "fill_seconds",
+    "saved_seconds",
+    "reused_bytes",
 }
 Events = Counter[tuple[str, str, int]]  # trial, figure, epoch
 

@@ -127,9 +127,7 @@ class Reuse:
 
     def _measure(self, depth: int) -> Cut:
         classifier = self.loop.classifier.eval()
-        size = self.feed.preprocess.image_size
-        images_BHWC = torch.zeros(PROBE_IMAGES, size, size, 3, dtype=torch.uint8)
-        example = self.loop.prepared(images_BHWC)
+        example = self._example()
         found = split(classifier.backbone, classifier.stages, range(depth), example[:2])
         for _ in range(2):  # the first one warms up
             started = time.perf_counter()
@@ -253,10 +251,14 @@ class Reuse:
         return lambda values: self._frozen(part, tuple(value.to(device) for value in values))
 
     def _between(self, below: int, depth: int) -> fx.GraphModule:
-        size = self.feed.preprocess.image_size
-        images_BHWC = torch.zeros(2, size, size, 3, dtype=torch.uint8)
         splits = self._cut(below).split, self._cut(depth).split
-        return between(*splits, self.loop.prepared(images_BHWC))
+        return between(*splits, self._example()[:2])
+
+    def _example(self) -> Tensor:
+        """Images of noise, as the model takes them."""
+        size, noise = self.feed.preprocess.image_size, torch.Generator().manual_seed(0)
+        shape = (PROBE_IMAGES, size, size, 3)
+        return self.loop.prepared(torch.randint(256, shape, dtype=torch.uint8, generator=noise))
 
     def _file(self, cut: Cut, rows_N: Rows, recipe: dict[str, Any] | None) -> ActivationFile:
         """The file of a cut, under the hash of everything that its content depends on.
