@@ -76,8 +76,10 @@ def test_trials_of_several_workers_give_the_figures_of_one_and_leave_nothing_beh
 
 def test_trials_that_the_scheduler_stops_give_their_places_back(job: Job, tmp_path: Path) -> None:
     space = {"optim.lr": {"grid": [0.001, 1e-9, 1e-8]}}
-    # The first learns by its second epoch, and the last comes to that long after it.
-    search = {"algorithm": "grid", "space": space, "scheduler": "asha", "grace_epochs": 2}
+    # The first learns by its second epoch. The last, which two at a time leave waiting, comes to
+    # its own long after that; of three at once, any might be the last to get workers.
+    search = {"algorithm": "grid", "space": space, "max_concurrent_trials": 2}
+    search |= {"scheduler": "asha", "grace_epochs": 2}
     train = {"epochs": 7, "batch_size": 8}
     with nodes_of(0, 2, 2) as address:
         ended = job(address, "asha", search=search, resources=TWO_WORKERS, train=train)
