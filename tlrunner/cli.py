@@ -19,6 +19,7 @@ from tlrunner.config import BackboneConfig, FreezeConfig, HeadConfig
 from tlrunner.configfile import load, validate
 from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import LogConfig, PrepareJob
+from tlrunner.machine import importing
 from tlrunner.section import Section
 
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
@@ -111,7 +112,8 @@ def at_the_border(run: Callable[[], int]) -> int:
 
 def _imported(reference: str) -> Job:
     module, _, name = reference.partition(":")
-    function: Job = getattr(importlib.import_module(module), name)
+    with importing():
+        function: Job = getattr(importlib.import_module(module), name)
     return function
 
 

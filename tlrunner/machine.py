@@ -1,6 +1,10 @@
 """What this process may use of its machine: its container's share, where it runs in one."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -19,6 +23,24 @@ def memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     granted = _granted("memory.max")
     return min(total, int(granted)) if granted.isdecimal() else total
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within this, what is imported is not searched for garbage, nor is it ever after.
+
+    Hardly any of it becomes garbage. It takes a fourth less time to import torch, timm and Ray so,
+    and half a second to end the process instead of two to three.
+    """
+    num_before, was_enabled = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > num_before:  # else whatever garbage there is now would stay
+            gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def _granted(name: str) -> str:

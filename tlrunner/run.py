@@ -22,6 +22,7 @@ from tlrunner.data.sources import open_source
 from tlrunner.data.write import WriteSettings, write_shards
 from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
+from tlrunner.machine import importing
 from tlrunner.model.classifier import describe
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
 from tlrunner.report.rundir import (
@@ -75,9 +76,10 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
 
     # -- Images, then trials -----------------------------------------------------------------------
     # Imported here, since the other jobs need no Ray and start the sooner for it.
-    from tlrunner.tune.cluster import check_shared, connected_to_ray, granted_resources
-    from tlrunner.tune.search import Search, run_search
-    from tlrunner.tune.tracking import check_trackers
+    with importing():
+        from tlrunner.tune.cluster import check_shared, connected_to_ray, granted_resources
+        from tlrunner.tune.search import Search, run_search
+        from tlrunner.tune.tracking import check_trackers
 
     check_trackers(job.track)
     interrupted = False

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from tlrunner.jobconfig import JobConfig
+from tlrunner.machine import importing
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
@@ -61,9 +62,10 @@ def run_planned(
     values: dict[str, Any],
 ) -> None:
     """Run a trial, or tell again what it did, or go on behind its pause."""
-    from tlrunner.train.trial import run_trial
-    from tlrunner.train.trial_dir import TrialDir
-    from tlrunner.tune.workers import run_in_workers
+    with importing():
+        from tlrunner.train.trial import run_trial
+        from tlrunner.train.trial_dir import TrialDir
+        from tlrunner.tune.workers import run_in_workers
 
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
     planned = planned_trial(job, values)
