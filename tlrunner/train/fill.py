@@ -13,9 +13,8 @@ from torch import Tensor
 
 from tlrunner.data.activations import ActivationFile
 from tlrunner.data.order import Rows
+from tlrunner.train.cut import Values
 from tlrunner.train.entries import EntryLayout
-
-Values = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

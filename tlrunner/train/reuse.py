@@ -8,7 +8,6 @@ on; so they are computed once for all epochs that see the view, all trials and a
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +27,9 @@ from tlrunner.data.threads import map_ahead
 from tlrunner.errors import StorageError
 from tlrunner.files import sha256_json, sha256_text
 from tlrunner.model.freeze import Level
-from tlrunner.model.split import Split, SplitError, between, fingerprint, split
+from tlrunner.model.split import Split, SplitError, between, fingerprint
 from tlrunner.train.beside import Demand
+from tlrunner.train.cut import Cut, Values, measure_cut, probe_images
 from tlrunner.train.demand import (
     CutPlan,
     is_plain,
@@ -38,30 +38,18 @@ from tlrunner.train.demand import (
     view_at,
     within,
 )
-from tlrunner.train.entries import EntryLayout, layout_of
 from tlrunner.train.feed import Feed, node_cache
-from tlrunner.train.fill import Tier, Values, fill
+from tlrunner.train.fill import Tier, fill
 from tlrunner.train.loop import Loop
 from tlrunner.train.warm import Warm
 
 log = logging.getLogger("tlrunner")
 
-PROBE_IMAGES = 8  # that a prefix is timed on
 MOST_CUTS, MOST_FILES = 256, 256  # kept in memory at a time, of a backbone and of a process
 VERSIONS = [
     *(torch.__version__, torchvision.__version__, timm_version),
     *(PIL.__version__, cv2.__version__, simplejpeg.__version__),
 ]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A cut of a backbone, with what an image's values take: bytes, and seconds of the prefix."""
-
-    split: Split
-    sha256: str
-    layout: EntryLayout
-    seconds: float
 
 
 class Reuse:
@@ -126,16 +114,8 @@ class Reuse:
         return self.of_backbone.once("cut", depth, lambda: self._measure(depth), MOST_CUTS)
 
     def _measure(self, depth: int) -> Cut:
-        classifier = self.loop.classifier.eval()
-        example = self._example()
-        found = split(classifier.backbone, classifier.stages, range(depth), example[:2])
-        for _ in range(2):  # the first one warms up
-            started = time.perf_counter()
-            values = self._frozen(found.prefix, (example,))
-            values[0].flatten()[0].item()  # waits for a GPU
-            seconds = (time.perf_counter() - started) / PROBE_IMAGES
-        layout = layout_of(values, self.feed.config.reuse.dtype)
-        return Cut(found, fingerprint(found.prefix), layout, seconds)
+        classifier, dtype = self.loop.classifier.eval(), self.feed.config.reuse.dtype
+        return measure_cut(classifier, depth, self._example(), dtype, self._frozen)
 
     def _frozen(self, part: torch.nn.Module, values: Values) -> Values:
         with torch.no_grad(), self.loop.accelerator.autocast():
@@ -235,9 +215,8 @@ class Reuse:
     ) -> list[Tier]:
         tiers: list[Tier] = []
         for below, depth in pairwise([0, *depths]):
-            cut = self._cut(depth)
-            file = self._file(cut, rows_N, recipe)
-            tiers.append(Tier(file, cut.layout, self._step(below, depth)))
+            file = self._file(depth, rows_N, recipe)
+            tiers.append(Tier(file, self._cut(depth).layout, self._step(below, depth)))
         return tiers
 
     def _step(self, below: int, depth: int) -> Callable[[Values], Values]:
@@ -255,12 +234,14 @@ class Reuse:
         return between(*splits, self._example()[:2])
 
     def _example(self) -> Tensor:
-        """Images of noise, as the model takes them."""
-        size, noise = self.feed.preprocess.image_size, torch.Generator().manual_seed(0)
-        shape = (PROBE_IMAGES, size, size, 3)
-        return self.loop.prepared(torch.randint(256, shape, dtype=torch.uint8, generator=noise))
+        return self.loop.prepared(probe_images(self.feed.preprocess.image_size))
 
-    def _file(self, cut: Cut, rows_N: Rows, recipe: dict[str, Any] | None) -> ActivationFile:
+    def _sha256(self, depth: int) -> str:
+        """Of a prefix with its weights."""
+        prefix = self._cut(depth).split.prefix
+        return self.of_backbone.once("prefix", depth, lambda: fingerprint(prefix), MOST_CUTS)
+
+    def _file(self, depth: int, rows_N: Rows, recipe: dict[str, Any] | None) -> ActivationFile:
         """The file of a cut, under the hash of everything that its content depends on.
 
         Raises:
@@ -280,8 +261,8 @@ class Reuse:
             self.feed.preprocess.model_dump(),
             recipe,
         ]
-        name = sha256_json([images, cut.sha256, computed, VERSIONS])
-        cache, num_bytes = node_cache(config.data), cut.layout.num_bytes
+        name = sha256_json([images, self._sha256(depth), computed, VERSIONS])
+        cache, num_bytes = node_cache(config.data), self._cut(depth).layout.num_bytes
 
         def opened() -> ActivationFile:
             return ActivationFile(cache, name, len(rows_N), num_bytes)

@@ -1,0 +1,58 @@
+"""A cut of a backbone below its lowest stage that trains, and what keeping its values takes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tlrunner.model.classifier import Classifier
+from tlrunner.model.split import Split, split
+from tlrunner.train.entries import EntryLayout, layout_of
+
+PROBE_IMAGES = 8  # that a prefix is timed on
+Values = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut, with what an image's values take: bytes, and seconds of the prefix."""
+
+    split: Split
+    layout: EntryLayout
+    seconds: float
+
+
+def probe_images(image_size: int) -> Tensor:
+    """Images of noise, (B, H, W, C) in uint8."""
+    noise = torch.Generator().manual_seed(0)
+    shape = (PROBE_IMAGES, image_size, image_size, 3)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=noise)
+
+
+def measure_cut(
+    classifier: Classifier,
+    depth: int,
+    images_BCHW: Tensor,
+    dtype: str,
+    frozen: Callable[[nn.Module, Values], Values],
+) -> Cut:
+    """Split a classifier, in eval mode, above its first `depth` stages, and time the part below.
+
+    Args:
+        images_BCHW: `PROBE_IMAGES` of them.
+        dtype: `reuse.dtype`.
+        frozen: computes a part of the network from its values, as the trial would.
+
+    Raises:
+        SplitError: its graph cannot be cut there.
+    """
+    found = split(classifier.backbone, classifier.stages, range(depth), images_BCHW[:2])
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        values = frozen(found.prefix, (images_BCHW,))
+        values[0].flatten()[0].item()  # waits for a GPU
+        seconds = (time.perf_counter() - started) / len(images_BCHW)
+    return Cut(found, layout_of(values, dtype), seconds)
