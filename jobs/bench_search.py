@@ -10,6 +10,21 @@ convolution and its norm; 0 trains all. They run through the search of the jobs,
 second from its start to its end counts. `--peer` is a script that takes
 `DATA EPOCHS TRIALS LIMIT IMAGE_SIZE OUT` and prints `{"wall": seconds, "accs": [...]}`; it runs in
 turns with ours, with half a minute of start-up that it does not count.
+
+Against a script of Ray Tune, Accelerate and ImageFolder with a process for each trial, on 800 of
+3,264 photos of flowers and 2 CPU cores without a GPU; one round each:
+
+    8 trials of the head alone                         37.8 s to 307.6 s: 8.1 times (8.5 in another)
+    4 of the head, 2 with 6 layers frozen, 2 of all    182.7 s to 383.2 s: 2.1 times
+    2 of the head, 9, 8, 7 and 6 layers frozen         100.6 s to 266.3 s: 2.6 times
+
+Best accuracy was 0.894 each time, that of the script 0.80 to 0.86. Of the 38 s, 19 pass before an
+image is computed: 7 importing torch in the command, 5 for Ray to start, 7 for processes for trials
+to start and import it again. In 14 s the prefix computes 2,080 images. The six other trials take
+0.6 s.
+
+What did not help: Ray started by a thread while the command imports (2 s less; the thread has to
+live as long as Ray), Ray's `preload_python_modules`, one trial at a time with both cores.
 """
 
 import argparse

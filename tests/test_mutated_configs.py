@@ -29,6 +29,7 @@ from tlrunner.searchconfig import DISTRIBUTION_KINDS
 from tlrunner.section import Section
 from tlrunner.tune import plan
 from tlrunner.tune.estimate import Cost
+from tlrunner.tune.reuse_plan import ReusePlan
 from tlrunner.tune.space import build_point, iter_points
 
 Tree = dict[Any, Any]
@@ -368,6 +369,7 @@ def _free(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Cost(1.5 + number, 1 << 20) for number, _ in enumerate(trials)]
 
     monkeypatch.setattr(plan, "estimate_costs", cost)
+    monkeypatch.setattr(plan, "plan_reuse", lambda *_: ReusePlan((1, 1), {}, ()))
 
 
 @pytest.mark.usefixtures("_free")
@@ -523,6 +525,7 @@ def test_of_very_many_trials_the_first_are_checked_and_fewer_measured(
         return [Cost(1.0, 1)] * len(trials)
 
     monkeypatch.setattr(plan, "estimate_costs", cost)
+    monkeypatch.setattr(plan, "plan_reuse", lambda *_: ReusePlan((1, 1), {}, ()))
     job = searched_in(LR, budget={"num_trials": 100_000})
     trials = plan.check_search(job)
     out = io.StringIO()

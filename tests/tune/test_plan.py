@@ -14,6 +14,7 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.tune import plan
 from tlrunner.tune.estimate import estimate_costs
 from tlrunner.tune.plan import check_search, check_trial, show_plan
+from tlrunner.tune.reuse_plan import plan_reuse
 
 Tree = dict[str, dict[str, Any]]
 
@@ -136,3 +137,33 @@ def test_micro_batches_save_memory_and_stages_cost_some(tiny_trial: TrialConfig)
     whole, parts, head = estimate_costs(trials, num_classes=3, num_train=64, num_val=8)
     assert parts.memory_bytes < whole.memory_bytes
     assert head.memory_bytes < whole.memory_bytes
+
+
+def test_a_plan_says_what_reuse_takes_and_saves(tiny_tree: Tree) -> None:
+    points = [
+        {"freeze.strategy": "head", "optim.lr": 0.01},
+        {"freeze.strategy": "head", "optim.lr": 0.02},
+        {"freeze.strategy": "full"},
+    ]
+    search = {"algorithm": "grid", "points": points}
+    text = plan_of(tiny_tree, search=search, reuse={"mode": "on"})
+    assert text.count("reuse: 9 frozen stages of squeezenet1_1") == 1
+    assert "validation images: 0 MiB, 0 s spent, " in text
+    assert "reuse: " not in plan_of(tiny_tree, search=search, reuse={"mode": "off"})
+
+
+def test_trials_share_what_reuse_saves_by_what_they_read(tiny_trial: TrialConfig) -> None:
+    on = {"reuse.mode": "on", "freeze.strategy": "head"}
+    heads = [with_values(tiny_trial, {**on, "optim.lr": lr}) for lr in (0.1, 0.2)]
+    phased = with_values(
+        tiny_trial, {**on, "freeze.strategy": "lp_ft", "freeze.head_epochs": 1, "train.epochs": 2}
+    )
+    full = with_values(tiny_trial, {**on, "freeze.strategy": "full"})
+    configs = [*heads, phased, full]
+    found = plan_reuse(configs, num_train=64, num_val=8)
+    cuts = [kept.plan for of_key in found.cuts.values() for kept in of_key.values()]
+    total = sum(plan.saved_seconds - plan.spent_seconds for plan in cuts)
+    gains = [found.gain(config) for config in configs]
+    assert sum(gains) == pytest.approx(total)
+    assert gains[0] == pytest.approx(gains[1])
+    assert gains[3] == 0

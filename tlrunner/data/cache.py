@@ -37,8 +37,8 @@ class NodeCache:
         """The limit in bytes as things are now."""
         if self.limit_bytes is not None:
             return self.limit_bytes
-        self._exists()
-        free = shutil.disk_usage(self.directory).free
+        there = next(d for d in (self.directory, *self.directory.parents) if d.is_dir())
+        free = shutil.disk_usage(there).free
         return min((free + self._used()) // 3, MOST_BYTES)
 
     def hold(self, name: str, num_bytes: int, make: Callable[[Path], None]) -> int:

@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
 from tlrunner.searchconfig import MOST_TRIALS
 from tlrunner.tune.estimate import Cost, estimate_costs
+from tlrunner.tune.reuse_plan import ReusePlan, plan_reuse
 from tlrunner.tune.space import (
     MAX_PLANNED,
     PlannedTrial,
@@ -189,14 +190,16 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
     )
     num_train, num_val = len(splits.train), len(splits.val)
     out.print(f"images: {num_train} train, {num_val} val, {len(splits.test)} test")
-    costs = estimate_costs(
-        [trial.config for trial in trials[:MAX_LISTED_TRIALS]],
-        len(source.class_names),
-        num_train,
-        num_val,
-    )
+    listed = [trial.config for trial in trials[:MAX_LISTED_TRIALS]]
+    costs = estimate_costs(listed, len(source.class_names), num_train, num_val)
     known = count_trials(job, trials) if isinstance(job, JobConfig) else 1
     _show_trials(trials, costs, known, out)
+    reuse = plan_reuse([trial.config for trial in trials[:known]], num_train, num_val)
+    _show_reuse(reuse, out)
+    costs = [
+        replace(cost, seconds=max(0.0, cost.seconds - reuse.gain(config)))
+        for cost, config in zip(costs, listed, strict=True)
+    ]
     num_trials, seconds = _extent(job, known, costs, concurrent)
     out.print(
         f"estimate, measured on this machine: {seconds:.0f} s for {num_trials} "
@@ -252,6 +255,22 @@ def _show_trials(
     out.print(table)
     if known is not None and known > len(costs):
         out.print(f"and {known - len(costs)} more")
+
+
+def _show_reuse(reuse: ReusePlan, out: Console) -> None:
+    """Print what is kept of frozen stages, over all trials."""
+    for kept in (kept for cuts in reuse.cuts.values() for kept in cuts.values()):
+        plan, uses = kept.plan, kept.uses
+        of = [f"{len(uses.train)} views of training images"] * plan.train
+        of += ["validation images"] * plan.val
+        out.print(
+            f"reuse: {kept.depth} frozen stages of {kept.backbone}, {' and '.join(of)}: "
+            f"{plan.num_bytes / 2**20:.0f} MiB, {plan.spent_seconds:.0f} s spent, "
+            f"{plan.saved_seconds:.0f} s saved",
+            highlight=False,
+        )
+    for note in reuse.notes:
+        out.print(note, highlight=False)
 
 
 def _concurrent_trials(config: TrialConfig, job: BaseModel) -> int:
