@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tlrunner.config import TrialConfig
 from tlrunner.model.classifier import Classifier
 from tlrunner.model.split import Split, split
+from tlrunner.train.beside import Demand
+from tlrunner.train.demand import CutPlan, plan_cut, within
 from tlrunner.train.entries import EntryLayout, layout_of
+from tlrunner.train.feed import node_cache
 
 PROBE_IMAGES = 8  # that a prefix is timed on
 Values = tuple[Tensor, ...]
@@ -56,3 +60,20 @@ def measure_cut(
         values[0].flatten()[0].item()  # waits for a GPU
         seconds = (time.perf_counter() - started) / len(images_BCHW)
     return Cut(found, layout_of(values, dtype), seconds)
+
+
+def plan_cuts(
+    config: TrialConfig, demand: Demand, images: tuple[int, int], cut_at: Callable[[int], Cut]
+) -> dict[int, CutPlan]:
+    """What is kept at which depth, as far as the node's cache has room.
+
+    Args:
+        images: number of training and of validation images.
+        cut_at: depth -> the cut there, measured.
+    """
+    plans = {}
+    for depth, uses in sorted(demand.items()):
+        cut = cut_at(depth)
+        mode, num_bytes = config.reuse.mode, cut.layout.num_bytes
+        plans[depth] = plan_cut(mode, uses, images, num_bytes, cut.seconds)
+    return within(plans, node_cache(config.data).limit)

@@ -29,14 +29,12 @@ from tlrunner.files import sha256_json, sha256_text
 from tlrunner.model.freeze import Level
 from tlrunner.model.split import Split, SplitError, between, fingerprint
 from tlrunner.train.beside import Demand
-from tlrunner.train.cut import Cut, Values, measure_cut, probe_images
+from tlrunner.train.cut import Cut, Values, measure_cut, plan_cuts, probe_images
 from tlrunner.train.demand import (
     CutPlan,
     is_plain,
     num_frozen,
-    plan_cut,
     view_at,
-    within,
 )
 from tlrunner.train.feed import Feed, node_cache
 from tlrunner.train.fill import Tier, fill
@@ -103,12 +101,7 @@ class Reuse:
     def _decide(self) -> dict[int, CutPlan]:
         splits = self.feed.splits
         images = len(splits.train), len(splits.val)
-        plans = {}
-        for depth, uses in sorted(self.demand.items()):
-            cut = self._cut(depth)
-            mode, num_bytes = self.feed.config.reuse.mode, cut.layout.num_bytes
-            plans[depth] = plan_cut(mode, uses, images, num_bytes, cut.seconds)
-        return within(plans, node_cache(self.feed.config.data).limit)
+        return plan_cuts(self.feed.config, self.demand, images, self._cut)
 
     def _cut(self, depth: int) -> Cut:
         return self.of_backbone.once("cut", depth, lambda: self._measure(depth), MOST_CUTS)

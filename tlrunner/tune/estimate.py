@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlrunner.config import TrialConfig
+from tlrunner.config import Preprocess, TrialConfig
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import levels
 
@@ -51,16 +51,11 @@ def estimate_costs(
 
 def _measure(trial: TrialConfig, num_classes: int) -> tuple[float, float, int, int]:
     """Seconds of training and of evaluating an image, fixed bytes, and bytes for each image."""
-    device = "cuda" if trial.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(trial.resources.cpus_per_worker)
-    random_weights = trial.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
-    classifier, preprocess = build_classifier(
-        random_weights, trial.head, num_classes, trial.data.image_size
-    )
+    classifier, preprocess, device = with_random_weights(trial, num_classes)
     # The last epoch trains the most stages, so the estimate of a phased strategy is an upper one.
     last_epoch = trial.train.epochs - 1
     classifier.set_levels(levels(trial.freeze, len(classifier.stages.names), last_epoch))
-    classifier.to(device).to(memory_format=torch.channels_last)
+    classifier.to(memory_format=torch.channels_last)
     side = preprocess.image_size
     images_BCHW = torch.rand(PROBE_IMAGES, 3, side, side, device=device).contiguous(
         memory_format=torch.channels_last
@@ -78,6 +73,17 @@ def _measure(trial: TrialConfig, num_classes: int) -> tuple[float, float, int, i
         total + copies * trained,
         activation_bytes // PROBE_IMAGES + images_BCHW[0].nbytes,
     )
+
+
+def with_random_weights(trial: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess, str]:
+    """The trial's classifier without its weights, on the device that the trial would use here."""
+    device = "cuda" if trial.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(trial.resources.cpus_per_worker)
+    backbone = trial.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
+    size = trial.data.image_size
+    classifier, preprocess = build_classifier(backbone, trial.head, num_classes, size)
+    classifier.to(device)
+    return classifier, preprocess, device
 
 
 def _train_step(classifier: Classifier, images_BCHW: Tensor) -> None:

@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from tlrunner.config import TrialConfig
-from tlrunner.model.classifier import build_classifier
 from tlrunner.model.split import SplitError
-from tlrunner.train.beside import Demand, Uses
-from tlrunner.train.cut import Cut, Values, measure_cut, probe_images
-from tlrunner.train.demand import CutPlan, demands, plan_cut, sharing_key, within
-from tlrunner.train.feed import node_cache
+from tlrunner.train.beside import Uses
+from tlrunner.train.cut import Cut, Values, measure_cut, plan_cuts, probe_images
+from tlrunner.train.demand import CutPlan, demands, sharing_key
+from tlrunner.train.warm import Warm
+from tlrunner.tune.estimate import with_random_weights
+
+MOST_CUTS = 1000  # measured at a time
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class ReusePlan:
 
 def plan_reuse(configs: Sequence[TrialConfig], num_train: int, num_val: int) -> ReusePlan:
     """Decide as the trials will, on this machine and with random weights."""
-    images, measured = (num_train, num_val), _Measured()
+    images, measured = (num_train, num_val), Warm()
     config_of = {sharing_key(config): config for config in reversed(configs)}
     cuts: dict[str, dict[int, KeptCut]] = {}
     notes: dict[str, None] = {}
@@ -67,7 +70,7 @@ def plan_reuse(configs: Sequence[TrialConfig], num_train: int, num_val: int) -> 
         if not demand or config.reuse.mode == "off" or config.data.streaming == "on":
             continue
         try:
-            plans = _plans(config, demand, images, measured)
+            plans = plan_cuts(config, demand, images, partial(_cut, measured, config))
         except SplitError as err:
             notes[f"nothing frozen of {config.backbone.name} is reused: {err}"] = None
             continue
@@ -78,40 +81,22 @@ def plan_reuse(configs: Sequence[TrialConfig], num_train: int, num_val: int) -> 
     return ReusePlan(images, cuts, list(notes))
 
 
-class _Measured:
-    """Cuts of one backbone after another, each measured once."""
-
-    def __init__(self) -> None:
-        self.cuts: dict[str, Cut] = {}
-
-    def cut(self, config: TrialConfig, depth: int) -> Cut:
-        size, precision = config.data.image_size, config.train.mixed_precision
-        of = (config.backbone, size, config.head.pooling, config.reuse.dtype, precision, depth)
-        if repr(of) not in self.cuts:
-            self.cuts[repr(of)] = _measure(config, depth)
-        return self.cuts[repr(of)]
+def _cut(measured: Warm, config: TrialConfig, depth: int) -> Cut:
+    """A cut, which is measured once for all trials that have it."""
+    train = config.train
+    of = (config.backbone, config.data.image_size, config.head.pooling, config.reuse.dtype)
+    key = repr((*of, train.mixed_precision, train.channels_last))
+    return measured.once(
+        "cut", (key, depth), lambda: _measure(measured, key, config, depth), MOST_CUTS
+    )
 
 
-def _plans(
-    config: TrialConfig, demand: Demand, images: tuple[int, int], measured: _Measured
-) -> dict[int, CutPlan]:
-    plans = {}
-    for depth, uses in sorted(demand.items()):
-        cut = measured.cut(config, depth)
-        num_bytes, seconds = cut.layout.num_bytes, cut.seconds
-        plans[depth] = plan_cut(config.reuse.mode, uses, images, num_bytes, seconds)
-    return within(plans, node_cache(config.data).limit)
-
-
-def _measure(config: TrialConfig, depth: int) -> Cut:
-    has_gpu = config.resources.gpus_per_worker != 0 and torch.cuda.is_available()
-    device = "cuda" if has_gpu else "cpu"
-    torch.set_num_threads(config.resources.cpus_per_worker)
-    random_weights = config.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
-    size = config.data.image_size
-    classifier, preprocess = build_classifier(random_weights, config.head, 2, size)
+def _measure(measured: Warm, key: str, config: TrialConfig, depth: int) -> Cut:
+    classifier, preprocess, device = measured.once(
+        "classifier", key, lambda: with_random_weights(config, num_classes=2), 1
+    )
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    classifier.eval().to(device).to(memory_format=layout)
+    classifier.eval().to(memory_format=layout)
     images_BHWC = probe_images(preprocess.image_size).to(device)
     images_BCHW = (images_BHWC.permute(0, 3, 1, 2) / 255).contiguous(memory_format=layout)
     dtype = torch.float16 if config.train.mixed_precision == "fp16" else torch.bfloat16
