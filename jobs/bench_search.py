@@ -7,7 +7,7 @@ A trial is `{"frozen": what, "lr": rate}`: `"head"` freezes the whole EfficientN
 so many of its layers from the stem up, counted as stem, stem norm, seven block groups, last
 convolution and its norm; 0 trains all. They run through the search of the jobs, on 800 images of
 128 px for 3 epochs if `--set` says nothing else, each round as a command of its own, so that every
-second from its start to its end counts. `--peer` is a script that takes
+second from its start to its end counts, and with a seed of its own. `--peer` is a script that takes
 `DATA EPOCHS TRIALS LIMIT IMAGE_SIZE OUT` and prints `{"wall": seconds, "accs": [...]}`; it runs in
 turns with ours, with half a minute of start-up that it does not count.
 
@@ -70,11 +70,14 @@ def point_of(trial: dict[str, Any]) -> dict[str, Any]:
     return {**freeze, "optim.lr": trial["lr"], **others}
 
 
-def ours(flags: argparse.Namespace, others: list[str], directory: Path) -> tuple[float, float]:
+def ours(
+    flags: argparse.Namespace, others: list[str], directory: Path, seed: int
+) -> tuple[float, float]:
     """Seconds of the command and the best accuracy; nothing is kept from an earlier round."""
     points = [point_of(trial) for trial in json.loads(flags.trials)]
     settings = {
         **DEFAULTS,
+        "train.seed": seed,
         "search.points": points,
         "data.cache_dir": str(directory / "cache"),
     }
@@ -104,7 +107,7 @@ def bench(flags: argparse.Namespace, others: list[str]) -> None:
     results: dict[str, list[tuple[float, float]]] = {"tlrunner": []}
     for number in range(flags.rounds):
         with tempfile.TemporaryDirectory(dir=flags.out) as directory:
-            results["tlrunner"].append(ours(flags, others, Path(directory)))
+            results["tlrunner"].append(ours(flags, others, Path(directory), number))
             if flags.peer:
                 results.setdefault("peer", []).append(peer(flags, Path(directory) / "peer"))
         for name, rounds in results.items():

@@ -76,6 +76,18 @@ class BudgetConfig(Section):
         return any(value is not None for value in self.model_dump().values())
 
 
+class RankConfig(Section):
+    """Which of the searched backbones are tried: those whose frozen features tell most."""
+
+    keep: int = Field(3, ge=1)
+    """Backbones that stay."""
+    by: Literal["log_me", "h_score", "ridge_accuracy"] = "log_me"
+    """LogME (You et al., 2021), H-score (Bao et al., 2019; tells little where there are far fewer
+    images than features) or the accuracy of a linear probe."""
+    num_images: int = Field(1000, ge=4, le=100_000)
+    """Training images that the scores are of; the probe is tested on as many of validation."""
+
+
 class SearchConfig(Section):
     """Which trials run, and which of them are stopped early."""
 
@@ -99,6 +111,8 @@ class SearchConfig(Section):
     """Independent draws, every combination, or Optuna's tree-structured Parzen estimator."""
     budget: BudgetConfig | None = None
     """When the search is over; 8 trials where nothing is said."""
+    rank: RankConfig | None = None
+    """Score the values of backbone.name before any trial, and try the best alone. None: try all."""
     scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     """Early stopping: asynchronous successive halving (Li et al., 2020), HyperBand (Li et al.,
     2018) or the median rule; or population based training (Jaderberg et al., 2017). None of them

@@ -41,8 +41,9 @@ def _local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def search(tiny_tree: dict[str, Any], tmp_path: Path) -> Search:
     """`search(name, space, ...)`: a search under a name, which gives its exit code."""
 
-    def run(name: str, space: dict[str, Any] = SPACE, **search: Any) -> int:
-        return run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags(name, space, **search))
+    def run(name: str, space: dict[str, Any] = SPACE, *others: str, **search: Any) -> int:
+        argv = [*flags(name, space, **search), *others]
+        return run_job("tune", JobConfig, "tlrunner.run:tune", argv=argv)
 
     def flags(name: str, space: dict[str, Any], **search: Any) -> list[str]:
         file = tmp_path / f"{name}.json"
@@ -75,6 +76,34 @@ def summary_of(run: Path) -> dict[str, Any]:
 def content_of(directory: Path) -> dict[str, str]:
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): sha256_file(path) for path in files}
+
+
+def test_a_ranking_leaves_backbones_out_and_is_done_once(
+    search: Search, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["efficientnet_lite0", "efficientnet_lite1"]
+    space = {"backbone.name": {"grid": names}, "optim.lr": {"grid": [0.01, 0.02]}}
+    settings = {"algorithm": "grid", "rank": {"keep": 1, "by": "ridge_accuracy"}}
+    flags = ["--set", "freeze.strategy=head", "--set", "backbone.weights=default"]
+    assert search("ranked", space, *flags, **settings) == 0
+    ranked = json.loads((runs / "ranked" / "rank.json").read_text())
+    assert [row["is_kept"] for row in ranked["backbones"]] == [True, False]
+    assert {row["name"] for row in ranked["backbones"]} == set(names)
+    best = ranked["backbones"][0]
+    assert best["ridge_accuracy"] >= ranked["backbones"][1]["ridge_accuracy"]
+    rows = rows_of(runs / "ranked")
+    assert [row["backbone.name"] for row in rows] == [best["name"]] * 2
+    assert "kept" in capsys.readouterr().out
+
+    # A continued run has the same backbones, whatever a new ranking would say.
+    (runs / "ranked" / "_SUCCESS").unlink()
+    shutil.rmtree(runs / "ranked" / "trials" / rows[1]["trial_id"])
+    other = [{**row, "is_kept": not row["is_kept"]} for row in ranked["backbones"]]
+    file = runs / "ranked" / "rank.json"
+    file.write_text(json.dumps({**ranked, "backbones": other}))
+    assert search("ranked", space, *flags, **settings) == 0
+    backbones = {row["backbone.name"] for row in rows_of(runs / "ranked")}
+    assert backbones == set(names), "those of rank.json, beside the trial that was there"
 
 
 def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(

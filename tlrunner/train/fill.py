@@ -32,16 +32,17 @@ class Tier:
     def read(self, chunk: int) -> Values:
         return self.layout.unpack(self.file.entries[self.file.span(chunk)].copy())
 
-    def is_whole(self) -> bool:
-        return all(self.file.has(chunk) for chunk in range(self.file.num_chunks))
+    def has_first(self, num_chunks: int) -> bool:
+        return all(self.file.has(chunk) for chunk in range(num_chunks))
 
 
 def fill(
     tiers: Sequence[Tier],
     rows_N: Rows,
     render: Callable[[Iterable[Rows]], Iterator[Tensor]],
+    num_chunks: int,
 ) -> None:
-    """Fill the last tier; it is whole when this returns.
+    """Fill the first chunks of the last tier; they are there when this returns.
 
     Args:
         rows_N: the row of each entry.
@@ -55,7 +56,7 @@ def fill(
     claimed: deque[int] = deque()
 
     def claims(wait: bool, among: Callable[[int], bool]) -> Iterator[int]:
-        for chunk in range(top.num_chunks):
+        for chunk in range(num_chunks):
             if among(chunk) and top.claim(chunk, wait=wait):
                 claimed.append(chunk)
                 yield chunk

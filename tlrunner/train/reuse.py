@@ -8,6 +8,7 @@ on; so they are computed once for all epochs that see the view, all trials and a
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ import PIL
 import simplejpeg
 import torch
 import torchvision
+from numpy.typing import NDArray
 from timm import __version__ as timm_version
 from torch import Tensor, fx
 
@@ -30,13 +32,8 @@ from tlrunner.model.freeze import Level
 from tlrunner.model.split import Split, SplitError, between, fingerprint
 from tlrunner.train.beside import Demand
 from tlrunner.train.cut import Cut, Values, measure_cut, plan_cuts, probe_images
-from tlrunner.train.demand import (
-    CutPlan,
-    is_plain,
-    num_frozen,
-    view_at,
-)
-from tlrunner.train.feed import Feed, node_cache
+from tlrunner.train.demand import CutPlan, is_plain, num_frozen, view_at
+from tlrunner.train.feed import Feed, in_reading_order, node_cache
 from tlrunner.train.fill import Tier, fill
 from tlrunner.train.loop import Loop
 from tlrunner.train.warm import Warm
@@ -142,8 +139,37 @@ class Reuse:
             features: Tensor = self.loop.classifier.backbone(self.loop.prepared(images_BHWC))
         return features
 
-    def train_tier(self, epoch: int) -> Tier | None:
-        """What is kept of an epoch's view, whole; None if its batches are of images."""
+    def sample_train(self, most: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Features of `most` random training images in the first view, (N, D), and their labels."""
+        rows_N, transform = self.feed.splits.train, self.feed.train_transform
+        return self._sample(self.train_tier(0, most), rows_N, transform, most)
+
+    def sample_val(self, most: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Likewise of validation."""
+        rows_N, transform = self.feed.splits.val, self.feed.eval_transform
+        return self._sample(self.val_tier(most), rows_N, transform, most)
+
+    def _sample(
+        self, tier: Tier | None, rows_N: Rows, transform: Transform, most: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What the whole backbone makes of some images, read where it is kept."""
+        # Rows of a split are in the order of a hash, and row groups are shuffled when written.
+        rows_N = in_reading_order(self.feed.dataset, rows_N)[:most]
+        starts = range(0, len(rows_N), CHUNK)
+        if tier:
+            parts = [tier.read(number)[0] for number in range(len(starts))]
+        else:
+            groups = (rows_N[start : start + CHUNK] for start in starts)
+            view = view_at(self.feed.config, 0)
+            parts = [self.features(images) for images in self._rendered(groups, transform, view)]
+        features_ND = torch.cat(parts)[: len(rows_N)].flatten(1).float().cpu().numpy()
+        return features_ND, self.feed.dataset.labels_N[rows_N]
+
+    def train_tier(self, epoch: int, most: int | None = None) -> Tier | None:
+        """What is kept of an epoch's view; None if its batches are of images.
+
+        All of it is there, or that of the first `most` images.
+        """
         if not (self.depth and self.keeps_training(self.depth)):
             return None
         view = view_at(self.feed.config, epoch)
@@ -152,14 +178,14 @@ class Reuse:
         recipe = {"view": view, "seed": transform.seed, **look}
         recipe = {} if is_plain(transform.augment) else recipe
         depths = [depth for depth, plan in (self.plans or {}).items() if plan.train]
-        return self._filled(self.feed.splits.train, transform, view, recipe, depths)
+        return self._filled(self.feed.splits.train, transform, view, recipe, depths, most)
 
-    def val_tier(self) -> Tier | None:
+    def val_tier(self, most: int | None = None) -> Tier | None:
         """Likewise for validation."""
         if not (self.depth and self._plans(self.depth)[self.depth].val):
             return None
         depths = [depth for depth, plan in (self.plans or {}).items() if plan.val]
-        return self._filled(self.feed.splits.val, self.feed.eval_transform, 0, None, depths)
+        return self._filled(self.feed.splits.val, self.feed.eval_transform, 0, None, depths, most)
 
     def _filled(
         self,
@@ -168,6 +194,7 @@ class Reuse:
         view: int,
         recipe: dict[str, Any] | None,
         depths: Sequence[int],
+        most: int | None,
     ) -> Tier | None:
         """The file of a view at the present cut, filled through the cuts below it.
 
@@ -179,9 +206,11 @@ class Reuse:
         below = [depth for depth in sorted(depths) if depth < self.depth and is_exact]
         try:
             tiers = self._tiers([*below, self.depth], rows_N, recipe)
-            if not tiers[-1].is_whole():
+            num_chunks = -(-len(rows_N[:most]) // CHUNK)
+            if not tiers[-1].has_first(num_chunks):
                 self.loop.classifier.eval()
-                fill(tiers, rows_N, lambda groups: self._rendered(groups, transform, view))
+                render = partial(self._rendered, transform=transform, view=view)
+                fill(tiers, rows_N, render, num_chunks)
         except StorageError as err:
             log.warning("nothing frozen is reused any more: %s", err)
             self.notes.append(f"nothing frozen is reused any more: {err}")

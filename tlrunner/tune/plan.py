@@ -25,6 +25,7 @@ from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
 from tlrunner.searchconfig import MOST_TRIALS
 from tlrunner.tune.estimate import Cost, estimate_costs
+from tlrunner.tune.rank import check_rank, searched_backbones
 from tlrunner.tune.reuse_plan import ReusePlan, plan_reuse
 from tlrunner.tune.space import (
     MAX_PLANNED,
@@ -48,6 +49,7 @@ def check_search(job: JobConfig) -> list[PlannedTrial]:
     if job.search.algorithm == "grid":
         count_trials(job, trials)  # there may be too many
     _check_trials([trial.config for trial in trials])
+    check_rank(job)
     grace_epochs, longest = job.search.grace_epochs, most_epochs(job)
     if grace_epochs is not None and grace_epochs > longest:
         raise ConfigError(
@@ -194,6 +196,12 @@ def show_plan(job: BaseModel, trials: Sequence[PlannedTrial], source: Source, ou
     costs = estimate_costs(listed, len(source.class_names), num_train, num_val)
     known = count_trials(job, trials) if isinstance(job, JobConfig) else 1
     _show_trials(trials, costs, known, out)
+    if isinstance(job, JobConfig) and (rank := job.search.rank):
+        out.print(
+            f"rank: {len(searched_backbones(job))} backbones are scored by {rank.by} on up to "
+            f"{rank.num_images} images first, and trials with the best {rank.keep} run",
+            highlight=False,
+        )
     reuse = plan_reuse([trial.config for trial in trials[:known]], num_train, num_val)
     _show_reuse(reuse, out)
     costs = [

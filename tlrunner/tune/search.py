@@ -21,8 +21,10 @@ from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 from tlrunner.tune.cluster import places_now
+from tlrunner.tune.plan import count_trials
 from tlrunner.tune.progress import Progress
 from tlrunner.tune.propose import ListedPoints, OptunaPoints, Points, Proposer
+from tlrunner.tune.rank import with_best_backbones
 from tlrunner.tune.repeats import candidates, repeats_of
 from tlrunner.tune.schedule import build_scheduler, num_last
 from tlrunner.tune.space import iter_points, num_trials_of, planned_trials
@@ -63,8 +65,11 @@ class Search:
 def run_search(search: Search, console: Console) -> None:
     """Run every trial of a search to its end, then the repeats of the best, if there are to be any.
 
-    The trials were checked, the images prepared and Ray connected by the caller.
+    The trials were checked, the images prepared and Ray connected by the caller. Backbones that
+    `search.rank` leaves out are tried in none of them.
     """
+    if search.job.search.rank:
+        search = _ranked(search, console)
     job = search.job
     has_repeats = bool(job.search.final_repeats)  # whose seeds then tell them from the others
     ended = [r for r in search.ended if not has_repeats or r.config.train.seed == job.train.seed]
@@ -80,6 +85,13 @@ def run_search(search: Search, console: Console) -> None:
         )
         spending = Spending(job, search.started, spending.compute_seconds, has_repeats=False)
         _run(search, ListedPoints(points), spending, console)
+
+
+def _ranked(search: Search, console: Console) -> Search:
+    """The search among the best of its backbones."""
+    beside = _beside(search.job)
+    job = with_best_backbones(search.job, search.images, search.run, beside, console)
+    return replace(search, job=job, num_trials=count_trials(job, planned_trials(job)))
 
 
 def _run(search: Search, points: Points, spending: Spending, console: Console) -> None:

@@ -1,0 +1,106 @@
+"""A backbone's scores, from features that its search keeps or from images."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tlrunner.config import TrialConfig
+from tlrunner.configfile import with_values
+from tlrunner.errors import DataError
+from tlrunner.train import scores
+from tlrunner.train.beside import Beside
+from tlrunner.train.demand import demands
+from tlrunner.train.images import Images
+from tlrunner.train.reuse import Reuse
+from tlrunner.train.scores import Scores, score_backbone
+from tlrunner.train.trial import run_trial
+
+Score = Callable[..., Scores]
+
+
+@pytest.fixture
+def config(tiny_trial: TrialConfig, tmp_path: Path) -> TrialConfig:
+    return with_values(
+        tiny_trial,
+        {
+            "data.cache_dir": str(tmp_path / "cache"),
+            "backbone": {"name": "efficientnet_lite0"},
+            "freeze.strategy": "head",
+            "data.image_size": 64,
+            "augment.num_views": 1,
+            "reuse.mode": "on",
+        },
+    )
+
+
+@pytest.fixture
+def score(colour_images: Images) -> Score:
+    def scoring(config: TrialConfig, trials: list[TrialConfig], num_images: int = 1000) -> Scores:
+        return score_backbone(config, colour_images, Beside(trials, demands(trials)), num_images)
+
+    return scoring
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images of each group that was rendered outside of training."""
+    counts: list[int] = []
+    render = Reuse._rendered
+
+    def counting(self: Reuse, *arguments: Any, **others: Any) -> Iterator[torch.Tensor]:
+        for images_BHWC in render(self, *arguments, **others):
+            counts.append(len(images_BHWC))
+            yield images_BHWC
+
+    monkeypatch.setattr(Reuse, "_rendered", counting)
+    return counts
+
+
+def figures(scores: Scores) -> tuple[float, float, float]:
+    return scores.log_me, scores.h_score, scores.ridge_accuracy
+
+
+def test_trials_read_what_their_backbone_was_scored_on(
+    score: Score, config: TrialConfig, colour_images: Images, rendered: list[int]
+) -> None:
+    first = score(config, [config])
+    assert sum(rendered) == 27 + 9
+    again = score(config, [config])
+    run_trial(config, lambda report: None, images=colour_images)
+    assert sum(rendered) == 27 + 9
+    assert figures(again) == figures(first)
+    assert first.ridge_accuracy == 1.0, "a colour a class"
+
+
+def test_as_much_is_computed_as_is_scored(
+    score: Score, config: TrialConfig, monkeypatch: pytest.MonkeyPatch, rendered: list[int]
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(scores, "log_me", lambda x_ND, labels_N, num: seen.append(len(x_ND)) or 0.0)
+    score(config, [config], num_images=12)
+    assert seen == [12]
+    assert sum(rendered) == 27 + 9, "in whole chunks, which trials can go on with"
+    score(with_values(config, {"reuse.mode": "off"}), [config], num_images=12)
+    assert seen == [12, 12]
+    assert rendered[2:] == [12, 9], "no more than is scored, where nothing is kept"
+
+
+@pytest.mark.parametrize("freeze", [{"strategy": "full"}, {"strategy": "head"}])
+def test_a_backbone_scores_the_same_whether_or_not_anything_is_kept(
+    score: Score, config: TrialConfig, freeze: dict[str, Any]
+) -> None:
+    trial = with_values(config, {"freeze": freeze})
+    others = score(with_values(trial, {"reuse.mode": "off"}), [trial])
+    assert figures(score(trial, [trial])) == pytest.approx(figures(others), abs=1e-4)
+
+
+def test_weights_that_give_no_numbers_are_refused(
+    score: Score, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = torch.full((4, 8), torch.nan)
+    monkeypatch.setattr(Reuse, "features", lambda self, images: nothing[: len(images)])
+    with pytest.raises(DataError, match="features of efficientnet_lite0 are not finite"):
+        score(with_values(config, {"reuse.mode": "off"}), [config], num_images=4)
