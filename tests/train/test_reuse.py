@@ -1,5 +1,7 @@
 """Values of frozen stages, read instead of computed again, change no result."""
 
+import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.data.activations import ActivationFile
+from tlrunner.data.dataset import open_dataset
+from tlrunner.data.prepare import prepare
 from tlrunner.errors import StorageError
 from tlrunner.train.beside import Beside, Uses
-from tlrunner.train.demand import CutPlan, demands, plan_cut, sharing_key, within
+from tlrunner.train.demand import CutPlan, Price, demands, plan_chain, sharing_key, within
 from tlrunner.train.entries import layout_of
-from tlrunner.train.images import Images
+from tlrunner.train.feed import which
 from tlrunner.train.reuse import Reuse
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
@@ -26,24 +32,37 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "lp_ft": {"strategy": "lp_ft", "head_epochs": 2},
     "gradual": {"strategy": "gradual", "epochs_per_stage": 1},
 }
+TRAIN, VAL = 54, 18
 Values = dict[str, Any]
 
 
+@pytest.fixture(scope="session")
+def folder(colour_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twice as many images, of which batches of at least 16 can be made."""
+    root = tmp_path_factory.mktemp("twice") / "images"
+    for name in ("one", "two"):
+        for file in sorted(colour_folder.rglob("*.jpg")):
+            (root / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, root / file.parent.name / f"{name}-{file.name}")
+    return root
+
+
 @pytest.fixture
-def config(tiny_trial: TrialConfig, tmp_path: Path) -> TrialConfig:
+def config(tiny_trial: TrialConfig, folder: Path, tmp_path: Path) -> TrialConfig:
     """A head-only trial of three epochs on pretrained weights, and an empty cache.
 
-    Convolutions of few images round in another way than those of a chunk, and what trains from
-    random weights multiplies such differences: neither would do.
+    Convolutions of less than 16 images round in another way than those of a chunk, and what trains
+    from random weights multiplies such differences: neither would do.
     """
     return with_values(
         tiny_trial,
         {
+            "data.uri": str(folder),
             "data.cache_dir": str(tmp_path / "cache"),
             "backbone": {"name": "efficientnet_lite0"},
             "freeze": {"strategy": "head"},
             "train.epochs": 3,
-            "train.batch_size": 16,
+            "train.batch_size": 18,
             "data.image_size": 64,
             "reuse.mode": "on",
         },
@@ -51,10 +70,12 @@ def config(tiny_trial: TrialConfig, tmp_path: Path) -> TrialConfig:
 
 
 @pytest.fixture
-def run(colour_images: Images) -> Callable[..., list[EpochReport]]:
+def run(folder: Path, tiny_trial: TrialConfig) -> Callable[..., list[EpochReport]]:
+    images = which(open_dataset(prepare(str(folder), tiny_trial.data.cache_dir)))
+
     def running(config: TrialConfig, **others: Any) -> list[EpochReport]:
         reports: list[EpochReport] = []
-        run_trial(config, reports.append, images=colour_images, **others)
+        run_trial(config, reports.append, images=images, **others)
         return reports
 
     return running
@@ -105,7 +126,7 @@ def test_the_first_step_is_the_same_to_the_last_digits(
     run: Callable[..., list[EpochReport]], config: TrialConfig, strategy: str
 ) -> None:
     # In one batch, the loss of an epoch is that of a step.
-    in_one = with_values(config, {"freeze": STRATEGIES[strategy], "train.batch_size": 27})
+    in_one = with_values(config, {"freeze": STRATEGIES[strategy], "train.batch_size": TRAIN})
     ours, theirs = run(in_one), run(with_values(in_one, {"reuse.mode": "off"}))
     assert abs(ours[0].train_loss - theirs[0].train_loss) <= 1e-6
 
@@ -132,10 +153,10 @@ def test_a_view_is_computed_once_for_all_trials_of_a_search(
     trials = [with_values(config, {"optim.lr": lr, "head.dropout": 0.1}) for lr in (0.1, 0.01)]
     beside = Beside(trials, demands(trials))
     first = run(trials[0], beside=beside)
-    assert sum(rendered) == 3 * 27 + 9, "three views of the training images, and validation"
+    assert sum(rendered) == 3 * TRAIN + VAL, "three views of the training images, and validation"
     second = run(trials[1], beside=beside)
     again = run(trials[0])  # another process, as it were
-    assert sum(rendered) == 3 * 27 + 9
+    assert sum(rendered) == 3 * TRAIN + VAL
     assert losses(again) == losses(first) != losses(second)
 
 
@@ -145,7 +166,7 @@ def test_fixed_views_are_the_same_for_all_seeds(
     config = with_values(config, {"augment.num_views": 2})
     run(config)
     run(with_values(config, {"train.seed": 5}))
-    assert sum(rendered) == 2 * 27 + 9
+    assert sum(rendered) == 2 * TRAIN + VAL
 
 
 def test_a_deeper_cut_is_computed_from_a_shallower_one(
@@ -177,7 +198,7 @@ def test_mixed_images_are_never_kept_but_validation_is(
 ) -> None:
     config = with_values(config, {"augment.mixup": 0.5})
     ours = run(config)
-    assert sum(rendered) == 9
+    assert sum(rendered) == VAL
     assert close(ours, run(with_values(config, {"reuse.mode": "off"})), 1e-4)
 
 
@@ -259,21 +280,65 @@ def test_one_that_diverges_leaves_the_others_their_results(
 # -- Deciding --------------------------------------------------------------------------------------
 
 
+IMAGES = (1000, 100)
+
+
+def planned(demand: dict[int, Uses], prices: dict[int, Price], mode: str = "auto") -> Values:
+    return plan_chain(mode, demand, prices, IMAGES, is_exact=True)
+
+
 def test_one_pass_over_each_view_does_not_pay_and_two_do() -> None:
     once, twice = Uses({0: 1, 1: 1}, 2), Uses({0: 2, 1: 2}, 4)
-    assert not plan_cut("auto", once, (1000, 100), 5000, 0.01).train
-    assert plan_cut("auto", once, (1000, 100), 5000, 0.01).val
-    plan = plan_cut("auto", twice, (1000, 100), 5000, 0.01)
+    price = {5: Price(0.01, 5000)}
+    assert (planned({5: once}, price)[5].train, planned({5: once}, price)[5].val) == (False, True)
+    plan = planned({5: twice}, price)[5]
     assert plan.train
     assert plan.saved_seconds == pytest.approx((1000 * 4 + 100 * 4) * 0.01)
     assert plan.num_bytes == (1000 * 2 + 100) * 5000
 
 
 def test_what_is_sooner_computed_than_read_is_not_kept() -> None:
-    uses = Uses({0: 3}, 3)
-    assert not plan_cut("auto", uses, (1000, 100), 10**7, 1e-3).train
-    assert plan_cut("on", uses, (1000, 100), 10**7, 1e-3).train
-    assert not plan_cut("off", uses, (1000, 100), 100, 1.0).train
+    demand, price = {5: Uses({0: 3}, 0)}, {5: Price(1e-3, 10**7)}
+    assert not planned(demand, price)
+    assert planned(demand, price, "on")[5].train
+    assert not planned(demand, {5: Price(1.0, 100)}, "off")
+
+
+def test_a_cut_that_is_read_once_is_kept_where_a_deeper_one_comes_through_it() -> None:
+    prices = {3: Price(0.010, 5000), 5: Price(0.012, 5000)}
+    demand = {3: Uses({0: 1, 1: 1}, 0), 5: Uses({0: 1, 1: 1}, 0)}
+    plans = planned(demand, prices)
+    assert plans.keys() == {3, 5}
+    filling = sum(plan.spent_seconds for plan in plans.values())
+    assert filling == pytest.approx(2 * 1000 * 0.012, rel=0.01), "each view once"
+    # Not where the deeper one is of other views, nor from values that were rounded.
+    assert not planned({**demand, 5: Uses({2: 1, 3: 1}, 0)}, prices)
+    assert not plan_chain("auto", demand, prices, IMAGES, is_exact=False)
+
+
+@given(
+    st.dictionaries(
+        st.integers(1, 9),
+        st.tuples(st.dictionaries(st.integers(0, 2), st.integers(1, 3)), st.integers(0, 3)),
+        max_size=5,
+    ),
+    st.lists(st.tuples(st.floats(1e-5, 1e-2), st.integers(10, 10**7)), min_size=9, max_size=9),
+)
+def test_no_other_choice_of_cuts_saves_more(
+    reads: dict[int, tuple[dict[int, int], int]], drawn: list[tuple[float, int]]
+) -> None:
+    seconds = np.cumsum([one for one, _ in drawn])
+    prices = {n + 1: Price(float(seconds[n]), num_bytes) for n, (_, num_bytes) in enumerate(drawn)}
+    demand = {depth: Uses(*uses) for depth, uses in reads.items()}
+
+    def gain(plans: dict[int, CutPlan]) -> float:
+        return sum(plan.saved_seconds - plan.spent_seconds for plan in plans.values())
+
+    best = gain(planned(demand, prices))
+    for count in range(len(demand) + 1):
+        for depths in itertools.combinations(demand, count):
+            few = {depth: demand[depth] for depth in depths}
+            assert gain(planned(few, prices, "on")) <= best + 1e-9
 
 
 def test_what_saves_most_for_its_bytes_gets_the_room() -> None:
@@ -281,7 +346,6 @@ def test_what_saves_most_for_its_bytes_gets_the_room() -> None:
         1: CutPlan(True, True, 100, 1.0, 11.0),
         2: CutPlan(True, True, 100, 1.0, 21.0),
         3: CutPlan(True, True, 50, 1.0, 3.0),
-        4: CutPlan(False, False, 0, 0.0, 0.0),
     }
     assert within(plans, 150).keys() == {2, 3}
 

@@ -50,8 +50,8 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     render = Reuse._rendered
 
-    def counting(self: Reuse, *arguments: Any, **others: Any) -> Iterator[torch.Tensor]:
-        for images_BHWC in render(self, *arguments, **others):
+    def counting(self: Reuse, *arguments: Any) -> Iterator[torch.Tensor]:
+        for images_BHWC in render(self, *arguments):
             counts.append(len(images_BHWC))
             yield images_BHWC
 

@@ -11,7 +11,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.model.classifier import Classifier
 from tlrunner.model.split import Split, split
 from tlrunner.train.beside import Demand
-from tlrunner.train.demand import CutPlan, plan_cut, within
+from tlrunner.train.demand import CutPlan, Price, plan_chain, within
 from tlrunner.train.entries import EntryLayout, layout_of
 from tlrunner.train.feed import node_cache
 
@@ -71,9 +71,13 @@ def plan_cuts(
         images: number of training and of validation images.
         cut_at: depth -> the cut there, measured.
     """
-    plans = {}
-    for depth, uses in sorted(demand.items()):
-        cut = cut_at(depth)
-        mode, num_bytes = config.reuse.mode, cut.layout.num_bytes
-        plans[depth] = plan_cut(mode, uses, images, num_bytes, cut.seconds)
-    return within(plans, node_cache(config.data).limit)
+    cuts = {depth: cut_at(depth) for depth in sorted(demand)}
+    prices = {depth: Price(cut.seconds, cut.layout.num_bytes) for depth, cut in cuts.items()}
+    is_exact = all(cut.layout.is_exact for cut in cuts.values())
+    room_bytes = node_cache(config.data).limit
+    while True:  # until all that pays beside each other has room
+        plans = plan_chain(config.reuse.mode, demand, prices, images, is_exact=is_exact)
+        chosen = within(plans, room_bytes)
+        if chosen.keys() == plans.keys():
+            return chosen
+        demand = {depth: uses for depth, uses in demand.items() if depth in chosen}

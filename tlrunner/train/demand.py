@@ -5,6 +5,7 @@ Pure functions of configs and of what was measured.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tlrunner.config import AugmentConfig, TrialConfig
 from tlrunner.data.augment import view_of
@@ -87,7 +88,8 @@ class CutPlan:
 
     Attributes:
         train, val: whether those of training and of validation images are kept.
-        spent_seconds: of computing and writing them, and of reading them each time.
+        spent_seconds: of computing and writing them, and of reading them each time. What a kept
+            cut below has computed is counted there.
         saved_seconds: of the prefix, wherever it need not be computed.
     """
 
@@ -98,29 +100,97 @@ class CutPlan:
     saved_seconds: float
 
 
-def plan_cut(
-    mode: str, uses: Uses, images: tuple[int, int], entry_bytes: int, prefix_seconds: float
-) -> CutPlan:
-    """Decide what to keep at a cut.
+class Price(NamedTuple):
+    """Of one image at a cut: seconds of the prefix, and bytes of its values."""
+
+    seconds: float
+    num_bytes: int
+
+
+def plan_chain(
+    mode: str,
+    demand: Demand,
+    prices: Mapping[int, Price],
+    images: tuple[int, int],
+    *,
+    is_exact: bool,
+) -> dict[int, CutPlan]:
+    """Decide what to keep at which cut, for all cuts that are read at once.
+
+    The values of a cut are computed from those of the next one below that is kept. So several cuts
+    cost hardly more than the deepest of them, and one that is read once pays if others have to come
+    through it anyway.
 
     Args:
         mode: `reuse.mode`.
         images: number of training and of validation images.
-        entry_bytes: of one image's values.
-        prefix_seconds: that the prefix takes for an image.
+        is_exact: whether values are kept as they were computed; else none are computed from others.
     """
-    keeps: list[bool] = []
-    num_bytes, spent, saved = 0, 0.0, 0.0
-    parts = ((len(uses.train), sum(uses.train.values())), (min(1, uses.val), uses.val))
-    for count, (views, reads) in zip(images, parts, strict=True):
-        io = entry_bytes * (views / WRITE_BYTES_PER_SECOND + reads / READ_BYTES_PER_SECOND)
-        gain = (reads - views) * prefix_seconds
-        keeps.append(mode != "off" and views > 0 and (mode == "on" or gain > io))
-        if keeps[-1]:
-            num_bytes += views * count * entry_bytes
-            spent += count * (io + views * prefix_seconds)
-            saved += count * reads * prefix_seconds
-    return CutPlan(keeps[0], keeps[1], num_bytes, spent, saved)
+    reads = (
+        {depth: uses.train for depth, uses in demand.items() if uses.train},
+        {depth: {0: uses.val} for depth, uses in demand.items() if uses.val},
+    )
+    train, val = (_chain(mode, of_part, prices, is_exact) for of_part in reads)
+    plans = {}
+    for depth in sorted(train.keys() | val.keys()):
+        kept = [
+            (count, chain[depth])
+            for count, chain in zip(images, (train, val), strict=True)
+            if depth in chain
+        ]
+        plans[depth] = CutPlan(
+            depth in train,
+            depth in val,
+            sum(count * one.num_views for count, one in kept) * prices[depth].num_bytes,
+            sum(count * one.spent for count, one in kept),
+            sum(count * one.saved for count, one in kept),
+        )
+    return plans
+
+
+class _Kept(NamedTuple):
+    """Of one image at a cut: how many views are kept, and the seconds that takes and saves."""
+
+    num_views: int
+    spent: float
+    saved: float
+
+
+def _chain(
+    mode: str, reads: Mapping[int, Mapping[int, int]], prices: Mapping[int, Price], is_exact: bool
+) -> dict[int, _Kept]:
+    """The cuts to keep: those that save most together, or all of them with mode `on`.
+
+    What a cut takes depends on the next one below alone, so the best chain that ends at a cut
+    extends the best that ends at one below.
+
+    Args:
+        reads: depth -> view -> how often it is read.
+    """
+
+    def kept(depth: int, below: int) -> _Kept:
+        price, of_views = prices[depth], reads[depth]
+        filled_below = reads[below].keys() if below and is_exact else ()
+        filling = sum(
+            max(0.0, price.seconds - prices[below].seconds) if v in filled_below else price.seconds
+            for v in of_views
+        )
+        num_views, num_reads = len(of_views), sum(of_views.values())
+        io = price.num_bytes * (
+            num_views / WRITE_BYTES_PER_SECOND + num_reads / READ_BYTES_PER_SECOND
+        )
+        return _Kept(num_views, filling + io, num_reads * price.seconds)
+
+    def gain(chain: Mapping[int, _Kept]) -> float:
+        return sum(one.saved - one.spent for one in chain.values())
+
+    chains: list[dict[int, _Kept]] = [{}]
+    if mode == "off":
+        return {}
+    for depth in sorted(reads):
+        longer = [{**chain, depth: kept(depth, max(chain, default=0))} for chain in chains]
+        chains = longer if mode == "on" else [*chains, max(longer, key=gain)]
+    return max(chains, key=gain)
 
 
 def within(plans: Mapping[int, CutPlan], room_bytes: int) -> dict[int, CutPlan]:
@@ -131,7 +201,7 @@ def within(plans: Mapping[int, CutPlan], room_bytes: int) -> dict[int, CutPlan]:
         return -(item[1].saved_seconds - item[1].spent_seconds) / max(1, item[1].num_bytes)
 
     for depth, plan in sorted(plans.items(), key=worth):
-        if (plan.train or plan.val) and plan.num_bytes <= room_bytes:
+        if plan.num_bytes <= room_bytes:
             chosen[depth] = plan
             room_bytes -= plan.num_bytes
     return chosen

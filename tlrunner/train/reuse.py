@@ -8,7 +8,6 @@ on; so they are computed once for all epochs that see the view, all trials and a
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -209,8 +208,12 @@ class Reuse:
             num_chunks = -(-len(rows_N[:most]) // CHUNK)
             if not tiers[-1].has_first(num_chunks):
                 self.loop.classifier.eval()
-                render = partial(self._rendered, transform=transform, view=view)
-                fill(tiers, rows_N, render, num_chunks)
+                fill(
+                    tiers,
+                    rows_N,
+                    lambda groups: self._rendered(groups, transform, view),
+                    num_chunks,
+                )
         except StorageError as err:
             log.warning("nothing frozen is reused any more: %s", err)
             self.notes.append(f"nothing frozen is reused any more: {err}")
