@@ -114,3 +114,36 @@ def test_a_node_cache_on_a_full_disk_ends_in_one_line(
     assert "No space left on device" in the_line(capsys)
     disk(64_000 * KIB)
     assert run_job("train", TrainJob, "tlrunner.run:train", argv=flags) == 0
+
+
+def test_a_full_disk_costs_what_is_kept_of_frozen_stages_and_not_the_trial(
+    disk: Callable[[int], Path],
+    noise: Path,
+    tiny_tree: dict[str, Any],
+    tmp_path: Path,
+    capsys: Captured,
+) -> None:
+    place = disk(64_000 * KIB)
+    data = {**tiny_tree["data"], "uri": str(noise), "cache_bytes": 10**9, "cache_dir": str(place)}
+    config = tmp_path / "config.json"
+    head = {"freeze": {"strategy": "head"}, "data": {**data, "decoded_cache": "off"}}
+    config.write_text(json.dumps({**tiny_tree, **head}))
+
+    def train(name: str, mode: str) -> dict[str, Any]:
+        flags = ["--config", str(config), "--out", str(tmp_path / "runs"), "--name", name]
+        flags += ["--set", f"reuse.mode={mode}"]
+        assert run_job("train", TrainJob, "tlrunner.run:train", argv=flags) == 0
+        return json.loads((tmp_path / "runs" / name / "summary.json").read_text())
+
+    without = train("without", "off")
+    used = sum(file.stat().st_blocks * 512 for file in place.rglob("*"))
+    disk(used + 16 * KIB)
+    capsys.readouterr()
+    full = train("full", "on")
+    line = "nothing frozen is reused any more"
+    assert line in capsys.readouterr().err
+    assert line in (tmp_path / "runs" / "full" / "leaderboard.csv").read_text()
+    assert full["reuse"]["saved_seconds"] == 0
+    assert full["best"]["val_loss"] == without["best"]["val_loss"]
+    disk(64_000 * KIB)
+    assert train("room", "on")["reuse"]["saved_seconds"] > 0

@@ -249,6 +249,15 @@ class ReuseConfig(Section):
     wherever stages from the stem up are frozen and there is room."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of what is kept. `auto`: as it is computed, so that no result changes."""
+    uri: Uri | None = None
+    """An `s3://` prefix, or a directory that all nodes see, through which nodes hand on what they
+    computed. None: each node computes its own."""
+
+    @model_validator(mode="after")
+    def _what_is_handed_on_is_kept(self) -> "ReuseConfig":
+        if self.mode == "off" and self.uri is not None:
+            raise ValueError("'uri' is not used with 'mode: off', valid modes: auto, on")
+        return self
 
 
 class ResourceConfig(Section):

@@ -17,6 +17,7 @@ from rich.console import Console
 from tlrunner.config import ResourceConfig, TrialConfig
 from tlrunner.data.augment import short_side
 from tlrunner.data.dataset import Dataset, open_dataset, verify_shards
+from tlrunner.data.fetch import open_store
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
 from tlrunner.data.write import WriteSettings, write_shards
@@ -191,7 +192,9 @@ def with_absolute_paths(job: AnyTrial) -> AnyTrial:
         }
     )
     backbone = job.backbone.model_copy(update=settled)
-    return job.model_copy(update={"data": data, "backbone": backbone})
+    uri = job.reuse.uri
+    reuse = job.reuse.model_copy(update={"uri": uri and absolute(uri)})
+    return job.model_copy(update={"data": data, "backbone": backbone, "reuse": reuse})
 
 
 def _with_absolute_weights(search: SearchConfig) -> SearchConfig:
@@ -228,6 +231,8 @@ def _prepared(
             progress=progress,
         )
     verify_shards(shards)  # every byte, once a run
+    if job.reuse.uri:
+        open_store(job.reuse.uri)  # or it is no place at all
     images = open_dataset(shards, streamed=True)
     splits = split_data(job.data, images)
     out.print(

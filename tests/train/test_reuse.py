@@ -193,6 +193,36 @@ def test_a_deeper_cut_leaves_a_shallower_one_behind_that_others_will_read(
     assert sum(rendered) == count
 
 
+def test_another_node_computes_nothing_again(
+    run: Callable[..., list[EpochReport]],
+    config: TrialConfig,
+    rendered: list[int],
+    tmp_path: Path,
+) -> None:
+    one, other = (
+        with_values(
+            config,
+            {"data.cache_dir": str(tmp_path / node), "reuse.uri": str(tmp_path / "shared")},
+        )
+        for node in ("one", "other")
+    )
+    first = run(one)
+    count = sum(rendered)
+    assert losses(run(other)) == losses(first)
+    assert sum(rendered) == count == 3 * TRAIN + VAL
+
+
+def test_a_place_that_cannot_be_written_costs_the_others_and_not_the_trial(
+    run: Callable[..., list[EpochReport]], config: TrialConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    nowhere = with_values(config, {"reuse.uri": str(tmp_path / "file" / "shared")})
+    ours = run(nowhere, trial_dir=tmp_path / "trial")
+    assert losses(ours) == losses(run(config))
+    (note,) = TrialDir(tmp_path / "trial").read().notes
+    assert note.startswith("nothing frozen is shared with other nodes any more: ")
+
+
 def test_mixed_images_are_never_kept_but_validation_is(
     run: Callable[..., list[EpochReport]], config: TrialConfig, rendered: list[int]
 ) -> None:

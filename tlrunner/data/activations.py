@@ -35,6 +35,9 @@ def file_bytes(num_entries: int, entry_bytes: int) -> int:
 class ActivationFile:
     """`num_entries` entries of `entry_bytes` in the node's cache; many processes may use it.
 
+    Attributes:
+        marks_at: where in the file the marks begin, 8 bytes each.
+
     Raises:
         StorageError: the cache has no room for it.
     """
@@ -43,19 +46,19 @@ class ActivationFile:
         self.num_entries, self.entry_bytes = num_entries, entry_bytes
         self.num_bytes = file_bytes(num_entries, entry_bytes)
         self.num_chunks = -(-num_entries // CHUNK)
-        self._path = cache.directory / f"{name}.activations"
-        self._file = cache.hold(self._path.name, self.num_bytes, lambda path: None)
+        self.path = cache.directory / f"{name}.activations"
+        self._file = cache.hold(self.path.name, self.num_bytes, lambda path: None)
         try:
             # of its own, since on NFS a lock on a byte and one on the whole file are the same
-            locks = self._path.with_name(f"{self._path.name}.chunks.lock")
+            locks = self.path.with_name(f"{self.path.name}.chunks.lock")
             self._locks = os.open(locks, os.O_RDWR | os.O_CREAT, 0o644)
             content = np.frombuffer(
                 mmap.mmap(self._file, self.num_bytes, prot=mmap.PROT_READ), np.uint8
             )
         except OSError as err:
-            raise cannot_write(self._path, err) from err
-        self._marks_at = self.num_bytes - 8 * self.num_chunks
-        self._marks = content[self._marks_at :].view(np.uint64)
+            raise cannot_write(self.path, err) from err
+        self.marks_at = self.num_bytes - 8 * self.num_chunks
+        self._marks = content[self.marks_at :].view(np.uint64)
         self._checked = np.zeros(self.num_chunks, bool)
         self.entries: Bytes = content[: num_entries * entry_bytes].reshape(num_entries, entry_bytes)
 
@@ -72,7 +75,7 @@ class ActivationFile:
         """Whether a chunk is there, as it was written."""
         if not self._checked[chunk]:
             mark = int(self._marks[chunk])
-            self._checked[chunk] = mark == _mark_of(self.entries[self.span(chunk)]) if mark else 0
+            self._checked[chunk] = mark == mark_of(self.entries[self.span(chunk)]) if mark else 0
         return bool(self._checked[chunk])
 
     def claim(self, chunk: int, *, wait: bool) -> bool:
@@ -101,13 +104,13 @@ class ActivationFile:
         span = self.span(chunk)
         assert entries.shape == (span.stop - span.start, self.entry_bytes), "a whole chunk"
         content = np.ascontiguousarray(entries)
-        mark = np.array([_mark_of(content)], np.uint64)
+        mark = np.array([mark_of(content)], np.uint64)
         try:
             _write(self._file, content, span.start * self.entry_bytes)
-            _write(self._file, mark, self._marks_at + 8 * chunk)
+            _write(self._file, mark, self.marks_at + 8 * chunk)
             self._checked[chunk] = True
         except OSError as err:
-            raise cannot_write(self._path, err) from err
+            raise cannot_write(self.path, err) from err
         finally:
             self.release(chunk)
 
@@ -115,7 +118,8 @@ class ActivationFile:
         fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, chunk)
 
 
-def _mark_of(content: Bytes) -> int:
+def mark_of(content: Bytes) -> int:
+    """The mark of a chunk with these entries, which lie one behind the other."""
     return _THERE | zlib.crc32(content.data)
 
 

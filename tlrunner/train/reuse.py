@@ -32,6 +32,7 @@ from tlrunner.model.split import Split, SplitError, between, fingerprint
 from tlrunner.train.beside import Demand
 from tlrunner.train.cut import Cut, Values, measure_cut, plan_cuts, probe_images
 from tlrunner.train.demand import CutPlan, is_plain, num_frozen, view_at
+from tlrunner.train.exchange import Exchange
 from tlrunner.train.feed import Feed, in_reading_order, node_cache
 from tlrunner.train.fill import Tier, fill
 from tlrunner.train.loop import Loop
@@ -67,6 +68,8 @@ class Reuse:
         self.num_bytes = 0
         self.depth = 0  # stages whose values are read in this phase
         self.plans: dict[int, CutPlan] | None = None
+        uri = feed.config.reuse.uri
+        self.exchange = Exchange(uri) if uri else None
 
     # -- Deciding --------------------------------------------------------------------------------
 
@@ -206,6 +209,8 @@ class Reuse:
         try:
             tiers = self._tiers([*below, self.depth], rows_N, recipe)
             num_chunks = -(-len(rows_N[:most]) // CHUNK)
+            if self.exchange and not tiers[-1].has_first(num_chunks):
+                self.exchange.take(tiers[-1].file, num_chunks)
             if not tiers[-1].has_first(num_chunks):
                 self.loop.classifier.eval()
                 fill(
@@ -214,6 +219,7 @@ class Reuse:
                     lambda groups: self._rendered(groups, transform, view),
                     num_chunks,
                 )
+                self._hand_on(tiers)
         except StorageError as err:
             log.warning("nothing frozen is reused any more: %s", err)
             self.notes.append(f"nothing frozen is reused any more: {err}")
@@ -222,6 +228,16 @@ class Reuse:
         finally:
             self.fill_seconds += time.monotonic() - started
         return tiers[-1]
+
+    def _hand_on(self, tiers: Sequence[Tier]) -> None:
+        """Give other nodes what is whole now."""
+        if self.exchange is None:
+            return
+        for tier in tiers:
+            if tier.has_first(tier.file.num_chunks):
+                self.exchange.give(tier.file)
+        if self.exchange.failure and self.exchange.failure not in self.notes:
+            self.notes.append(self.exchange.failure)
 
     def _rendered(
         self, groups: Iterable[Rows], transform: Transform, view: int

@@ -73,6 +73,8 @@ def with_best_backbones(
     try:
         rows = json.loads(run.store.read(RANK))["backbones"]
     except FileNotFoundError:
+        names = ", ".join(searched_backbones(job))
+        console.print(f"scoring {names}", soft_wrap=True)
         rows = _ranked(rank, _scores(job, images, beside, rank.num_images))
         write_json(run.path / RANK, {**rank.model_dump(), "backbones": rows})
         run.save(run.path / RANK)
