@@ -251,7 +251,8 @@ class ReuseConfig(Section):
     """Number format of what is kept. `auto`: as it is computed, so that no result changes."""
     uri: Uri | None = None
     """An `s3://` prefix, or a directory that all nodes see, through which nodes hand on what they
-    computed. None: each node computes its own."""
+    computed; other kinds of CPUs or GPUs may differ in the last digits. None: each node computes
+    its own."""
 
     @model_validator(mode="after")
     def _what_is_handed_on_is_kept(self) -> "ReuseConfig":
@@ -315,6 +316,10 @@ class TrialConfig(Section):
             raise ValueError(
                 f"freeze.head_epochs is {self.freeze.head_epochs}, valid: below train.epochs "
                 f"({epochs})"
+            )
+        if self.data.streaming == "on" and self.reuse.uri is not None:
+            raise ValueError(
+                "'reuse.uri' is not used with data.streaming 'on', where nothing frozen is kept"
             )
         if strategy == "head" and self.optim.layer_decay != 1:
             raise ValueError("'optim.layer_decay' is not used with freeze.strategy 'head'")

@@ -35,6 +35,7 @@ NOT_HASHED: dict[str, Any] = {
     "track": True,
     "resources": True,
     "data": {"cache_dir": True, "num_workers": True, "cache_bytes": True},
+    "reuse": {"uri": True},
 }
 _UNION_MEMBER = re.compile(r"(?<=gpus_per_worker)\.(int|float)$")  # which pydantic names as well
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from tlrunner.config import ResourceConfig, TrialConfig
 from tlrunner.data.augment import short_side
 from tlrunner.data.dataset import Dataset, open_dataset, verify_shards
-from tlrunner.data.fetch import open_store
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
 from tlrunner.data.write import WriteSettings, write_shards
@@ -231,8 +230,6 @@ def _prepared(
             progress=progress,
         )
     verify_shards(shards)  # every byte, once a run
-    if job.reuse.uri:
-        open_store(job.reuse.uri)  # or it is no place at all
     images = open_dataset(shards, streamed=True)
     splits = split_data(job.data, images)
     out.print(
@@ -244,7 +241,10 @@ def _prepared(
     preprocesses = [describe(t.backbone, t.data.image_size).preprocess for t in trials]
     data = settle_decoded_cache(data, images, splits, preprocesses)
     if data.streaming == "on":
-        out.print("images are streamed; each epoch shuffles 16 row groups at a time")
+        out.print(
+            "images are streamed; each epoch shuffles 16 row groups at a time, and what is frozen "
+            "is not reused"
+        )
     if data.decoded_cache == "on":
         sides = sorted({short_side(preprocess) for preprocess in preprocesses})
         out.print(

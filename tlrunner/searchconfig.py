@@ -84,7 +84,7 @@ class RankConfig(Section):
     by: Literal["log_me", "h_score", "ridge_accuracy"] = "log_me"
     """LogME (You et al., 2021), H-score (Bao et al., 2019; tells little where there are far fewer
     images than features) or the accuracy of a linear probe."""
-    num_images: int = Field(1000, ge=4, le=100_000)
+    num_images: int = Field(1000, ge=4, le=10_000)
     """Training images that the scores are of; the probe is tested on as many of validation."""
 
 
@@ -112,7 +112,9 @@ class SearchConfig(Section):
     budget: BudgetConfig | None = None
     """When the search is over; 8 trials where nothing is said."""
     rank: RankConfig | None = None
-    """Score the values of backbone.name before any trial, and try the best alone. None: try all."""
+    """Score the values of backbone.name before any trial, each as the first trial with it would
+    have it, and try the best alone. Time for that is in no budget but wall_seconds. None: try
+    all."""
     scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     """Early stopping: asynchronous successive halving (Li et al., 2020), HyperBand (Li et al.,
     2018) or the median rule; or population based training (Jaderberg et al., 2017). None of them

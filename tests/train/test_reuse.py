@@ -220,7 +220,7 @@ def test_a_place_that_cannot_be_written_costs_the_others_and_not_the_trial(
     ours = run(nowhere, trial_dir=tmp_path / "trial")
     assert losses(ours) == losses(run(config))
     (note,) = TrialDir(tmp_path / "trial").read().notes
-    assert note.startswith("nothing frozen is shared with other nodes any more: ")
+    assert note.startswith("nothing frozen is shared through reuse.uri ")
 
 
 def test_mixed_images_are_never_kept_but_validation_is(

@@ -97,6 +97,32 @@ def test_a_backbone_scores_the_same_whether_or_not_anything_is_kept(
     assert figures(score(trial, [trial])) == pytest.approx(figures(others), abs=1e-4)
 
 
+def test_several_workers_and_flat_heads_do_not_matter(score: Score, config: TrialConfig) -> None:
+    plain = figures(score(config, [config]))
+    for change in ({"resources.workers_per_trial": 2}, {"head": {"kind": "flatten_mlp"}}):
+        other = with_values(config, change)
+        assert figures(score(other, [other])) == pytest.approx(plain, abs=1e-4)
+
+
+def test_nothing_is_kept_that_no_trial_reads(
+    score: Score, config: TrialConfig, tmp_path: Path
+) -> None:
+    full = with_values(config, {"freeze": {"strategy": "full"}})
+    score(full, [full])
+    assert not list(tmp_path.rglob("*.activations"))
+    score(config, [full, config])
+    assert len(list(tmp_path.rglob("*.activations"))) == 2
+
+
+def test_streamed_images_are_scored_as_an_evaluation_sees_them(
+    score: Score, config: TrialConfig
+) -> None:
+    plain = with_values(config, {"augment": {"crop_scale": None, "horizontal_flip": 0}})
+    streamed = with_values(config, {"data.streaming": "on", "data.decoded_cache": "off"})
+    expected = figures(score(plain, [plain]))
+    assert figures(score(streamed, [streamed])) == pytest.approx(expected, abs=1e-4)
+
+
 def test_weights_that_give_no_numbers_are_refused(
     score: Score, config: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,25 @@ def test_what_is_searched_for_others_alone_goes_with_them(tiny_tree: Tree) -> No
     check_search(left)
 
 
+def test_what_cannot_be_without_the_others_goes_too(tiny_tree: Tree) -> None:
+    space = {
+        "backbone.name": {"choice": NAMES[:2]},
+        "freeze.strategy": [
+            {"choice": ["head"], "when": {"backbone.name": NAMES[0]}},
+            {"choice": ["full"], "when": {"backbone.name": NAMES[1]}},
+        ],
+        "optim.lr": {"uniform": [0.1, 0.2], "when": {"freeze.strategy": "head"}},
+        "optim.weight_decay": {"choice": [0.0, 0.1], "when": {"freeze.strategy": ["head", "full"]}},
+    }
+    job = job_of(tiny_tree, space, {"keep": 1})
+    check_search(job)
+    full = restricted(job, [NAMES[1]])
+    assert full.search.space.keys() == space.keys() - {"optim.lr"}
+    assert full.search.space["optim.weight_decay"][0].when == {"freeze.strategy": ["full"]}
+    check_search(full)
+    assert restricted(job, [NAMES[0]]).search.space.keys() == space.keys()
+
+
 def test_points_without_a_name_have_that_of_the_job(tiny_tree: Tree) -> None:
     points = [{"optim.lr": 0.1}, {"backbone.name": NAMES[1]}, {"backbone.name": NAMES[2]}]
     job = job_of(tiny_tree, {}, {"keep": 2}, algorithm="grid", points=points)
@@ -65,8 +84,8 @@ def test_points_without_a_name_have_that_of_the_job(tiny_tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("space", "rank", "message"),
     [
-        ({}, {}, r"search\.rank\.keep is 3, and 1 backbones .* several values of backbone\.name"),
-        ({"backbone.name": {"choice": NAMES}}, {"keep": 3}, r"3 backbones are searched; valid: 1"),
+        ({}, {}, r"search\.rank\.keep is 3, and .* are squeezenet1_1; valid: several values"),
+        ({"backbone.name": {"choice": NAMES}}, {"keep": 3}, r"keep is 3, and .*; valid: 1\.\.2"),
         (
             {
                 "freeze.strategy": {"choice": ["head", "full"]},

@@ -79,21 +79,34 @@ def content_of(directory: Path) -> dict[str, str]:
 
 
 def test_a_ranking_leaves_backbones_out_and_is_done_once(
-    search: Search, runs: Path, capsys: pytest.CaptureFixture[str]
+    search: Search, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ["efficientnet_lite0", "efficientnet_lite1"]
-    space = {"backbone.name": {"grid": names}, "optim.lr": {"grid": [0.01, 0.02]}}
+    (tmp_path / "rotten.safetensors").write_text("no weights")
+    rotten = {"grid": [str(tmp_path / "rotten.safetensors")]}
+    space = {
+        "backbone.name": {"grid": [*names, "squeezenet1_1"]},
+        "backbone.weights": [
+            {**rotten, "when": {"backbone.name": "squeezenet1_1"}},
+            {"grid": ["default"]},
+        ],
+        "optim.lr": {"grid": [0.01, 0.02]},
+    }
     settings = {"algorithm": "grid", "rank": {"keep": 1, "by": "ridge_accuracy"}}
-    flags = ["--set", "freeze.strategy=head", "--set", "backbone.weights=default"]
+    flags = ["--set", "freeze.strategy=head"]
     assert search("ranked", space, *flags, **settings) == 0
     ranked = json.loads((runs / "ranked" / "rank.json").read_text())
-    assert [row["is_kept"] for row in ranked["backbones"]] == [True, False]
+    assert [row["is_kept"] for row in ranked["backbones"]] == [True, False, False]
+    failed = ranked["backbones"].pop()
+    assert (failed["name"], "rotten.safetensors" in failed["error"]) == ("squeezenet1_1", True)
     assert {row["name"] for row in ranked["backbones"]} == set(names)
     best = ranked["backbones"][0]
     assert best["ridge_accuracy"] >= ranked["backbones"][1]["ridge_accuracy"]
     rows = rows_of(runs / "ranked")
     assert [row["backbone.name"] for row in rows] == [best["name"]] * 2
-    assert "kept" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "kept" in captured.out
+    assert "squeezenet1_1 has no scores: " in captured.err
 
     # A continued run has the same backbones, whatever a new ranking would say.
     (runs / "ranked" / "_SUCCESS").unlink()

@@ -80,4 +80,5 @@ def plan_cuts(
         chosen = within(plans, room_bytes)
         if chosen.keys() == plans.keys():
             return chosen
-        demand = {depth: uses for depth, uses in demand.items() if depth in chosen}
+        too_large = plans.keys() - chosen.keys()
+        demand = {depth: uses for depth, uses in demand.items() if depth not in too_large}

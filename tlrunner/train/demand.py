@@ -71,7 +71,8 @@ def demands(configs: Sequence[TrialConfig]) -> dict[str, Demand]:
 def demand_of(beside: Beside, config: TrialConfig) -> Demand:
     """What trials like this one read; its own reading if it is not among those known."""
     key = sharing_key(config)
-    return beside.demands.get(key) or demands([config])[key]
+    known = beside.demands.get(key)
+    return demands([config])[key] if known is None else known
 
 
 # -- Whether it pays -----------------------------------------------------------------------------

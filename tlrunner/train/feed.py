@@ -247,11 +247,16 @@ class Feed:
         return self._unchanged(batches)
 
     def val(self) -> Iterator[Batch]:
+        rows = in_reading_order(self.dataset, self.splits.val)
+        return self.plain(rows, self.config.train.batch_size)
+
+    def plain(self, rows: Rows, batch_size: int) -> Iterator[Batch]:
+        """Batches of any rows, in their order, as an evaluation sees them."""
         batches = eval_batches(
             self.dataset,
-            in_reading_order(self.dataset, self.splits.val),
+            rows,
             self.eval_transform,
-            batch_size=self.config.train.batch_size,
+            batch_size=batch_size,
             world=self.world,
             num_threads=self.num_threads,
             pin_memory=self.pin_memory,

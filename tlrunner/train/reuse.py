@@ -69,7 +69,7 @@ class Reuse:
         self.depth = 0  # stages whose values are read in this phase
         self.plans: dict[int, CutPlan] | None = None
         uri = feed.config.reuse.uri
-        self.exchange = Exchange(uri) if uri else None
+        self.exchange = files.once("exchange", uri, lambda: Exchange(uri)) if uri else None
 
     # -- Deciding --------------------------------------------------------------------------------
 
@@ -160,11 +160,14 @@ class Reuse:
         starts = range(0, len(rows_N), CHUNK)
         if tier:
             parts = [tier.read(number)[0] for number in range(len(starts))]
+        elif self.feed.dataset.window is not None:  # streamed: without augmentation
+            batches = self.feed.plain(rows_N, CHUNK)
+            parts = [self.features(batch.images_BHWC)[batch.mask_B] for batch in batches]
         else:
             groups = (rows_N[start : start + CHUNK] for start in starts)
             view = view_at(self.feed.config, 0)
             parts = [self.features(images) for images in self._rendered(groups, transform, view)]
-        features_ND = torch.cat(parts)[: len(rows_N)].flatten(1).float().cpu().numpy()
+        features_ND = torch.cat(parts)[: len(rows_N)].float().cpu().numpy()
         return features_ND, self.feed.dataset.labels_N[rows_N]
 
     def train_tier(self, epoch: int, most: int | None = None) -> Tier | None:
@@ -179,7 +182,8 @@ class Reuse:
         look = transform.augment.model_dump(mode="json", exclude={"num_views", "mixup", "cutmix"})
         recipe = {"view": view, "seed": transform.seed, **look}
         recipe = {} if is_plain(transform.augment) else recipe
-        depths = [depth for depth, plan in (self.plans or {}).items() if plan.train]
+        kept = (depth for depth, plan in (self.plans or {}).items() if plan.train)
+        depths = [depth for depth in kept if view in self.demand[depth].train]
         return self._filled(self.feed.splits.train, transform, view, recipe, depths, most)
 
     def val_tier(self, most: int | None = None) -> Tier | None:
@@ -204,13 +208,12 @@ class Reuse:
         disk has no room.
         """
         started = time.monotonic()
-        is_exact = self._cut(self.depth).layout.is_exact
+        is_exact = all(self._cut(depth).layout.is_exact for depth in (*depths, self.depth))
         below = [depth for depth in sorted(depths) if depth < self.depth and is_exact]
         try:
             tiers = self._tiers([*below, self.depth], rows_N, recipe)
             num_chunks = -(-len(rows_N[:most]) // CHUNK)
-            if self.exchange and not tiers[-1].has_first(num_chunks):
-                self.exchange.take(tiers[-1].file, num_chunks)
+            self._take(tiers, num_chunks)
             if not tiers[-1].has_first(num_chunks):
                 self.loop.classifier.eval()
                 fill(
@@ -219,7 +222,7 @@ class Reuse:
                     lambda groups: self._rendered(groups, transform, view),
                     num_chunks,
                 )
-                self._hand_on(tiers)
+            self._give(tiers)
         except StorageError as err:
             log.warning("nothing frozen is reused any more: %s", err)
             self.notes.append(f"nothing frozen is reused any more: {err}")
@@ -229,7 +232,15 @@ class Reuse:
             self.fill_seconds += time.monotonic() - started
         return tiers[-1]
 
-    def _hand_on(self, tiers: Sequence[Tier]) -> None:
+    def _take(self, tiers: Sequence[Tier], num_chunks: int) -> None:
+        """What other nodes have computed: values of the last tier, or else of those below."""
+        for tier in reversed(tiers):
+            if self.exchange and not tier.has_first(num_chunks):
+                self.exchange.take(tier.file, num_chunks)
+            if tier.has_first(num_chunks):
+                return
+
+    def _give(self, tiers: Sequence[Tier]) -> None:
         """Give other nodes what is whole now."""
         if self.exchange is None:
             return

@@ -5,8 +5,8 @@ Three scores of features of N images, (N, D) of any float type, and their labels
 scores of different images do not compare. None draws anything at random.
 
 - `log_me`: evidence for a linear model of the labels. Not bounded.
-- `h_score`: share of the features' variance between classes, summed over directions. From 0 to the
-  number of classes less 1.
+- `h_score`: share of the features' variance that lies between classes, summed over directions.
+  From 0 to the number of classes less 1.
 - `ridge_accuracy`: what a linear probe gets right of other images. From 0 to 1.
 
 Each comes from one decomposition, of N x N or D x D, whichever is smaller, and a fixed grid of
@@ -58,7 +58,7 @@ def log_me(features_ND: Features, labels_N: Labels, num_classes: int) -> float:
 
 
 def h_score(features_ND: Features, labels_N: Labels, num_classes: int) -> float:
-    """Trace of the features' inverse covariance times that of their class means.
+    """Trace of the features' inverse covariance times the covariance of their class means.
 
     H-score (Bao et al., 2019, "An information-theoretic approach to transferability in task
     transfer learning"), with covariances shrunk as Ibrahim et al. do (2021;
@@ -155,7 +155,9 @@ def _shrinkage(x_ND: Array, eigenvalues_R: Array) -> float:
 
 
 def _one_hot(labels_N: Labels, num_classes: int) -> Array:
-    return np.eye(num_classes)[labels_N]
+    targets_NK = np.zeros((len(labels_N), num_classes))
+    targets_NK[np.arange(len(labels_N)), labels_N] = 1
+    return targets_NK
 
 
 def _centred(x: Array) -> Array:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from tlrunner.config import BackboneConfig, DataConfig, ResourceConfig, TrialConfig
 from tlrunner.configfile import as_yaml
+from tlrunner.data.fetch import open_store
 from tlrunner.data.manifest import SPLITS, UNSPLIT
 from tlrunner.data.order import sample_ids, split_rows
 from tlrunner.data.source import Source
@@ -112,7 +113,12 @@ def most_epochs(job: JobConfig) -> int:
 
 
 def check_trial(config: TrialConfig) -> None:
-    """Check what no single section can: the backbone's stages, the precision of the device."""
+    """Check what no single section can: the backbone's stages, the precision of the device.
+
+    And that `reuse.uri` is a place, if no more than that.
+    """
+    if config.reuse.uri:
+        open_store(config.reuse.uri)
     num_stages = len(describe(config.backbone, config.data.image_size).stage_names)
     check(config.freeze, num_stages, config.backbone.name)
     if config.train.mixed_precision == "fp16" and config.resources.gpus_per_worker == 0:

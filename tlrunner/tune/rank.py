@@ -4,6 +4,8 @@ What was found is kept in the run's `rank.json`, so that a continued run has the
 """
 
 import json
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tlrunner.config import TrialConfig
-from tlrunner.configfile import with_values
-from tlrunner.errors import ConfigError
+from tlrunner.errors import ConfigError, ResourceError, TlrunnerError
 from tlrunner.files import write_json
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
@@ -26,6 +27,8 @@ from tlrunner.tune.space import planned_trials
 if TYPE_CHECKING:
     from tlrunner.train.scores import Scores
 
+log = logging.getLogger("tlrunner")
+Space = dict[str, tuple[Distribution, ...]]
 RANK = "rank.json"
 NAME = "backbone.name"
 
@@ -34,7 +37,8 @@ def check_rank(job: JobConfig) -> None:
     """Check that a ranking leaves some backbones out.
 
     Raises:
-        ConfigError: there are too few of them, or which there are depends on other keys.
+        ConfigError: there are too few of them, or which there are depends on other keys, or a part
+            of the space cannot be searched without the others.
     """
     if job.search.rank is None:
         return
@@ -47,10 +51,12 @@ def check_rank(job: JobConfig) -> None:
     if keep >= len(names):
         valid = f"1..{len(names) - 1}" if len(names) > 1 else "several values of backbone.name"
         raise ConfigError(
-            f"search.rank.keep is {keep}, and {len(names)} backbones are searched",
+            f"search.rank.keep is {keep}, and backbones searched are {', '.join(names)}",
             valid,
             "or leave search.rank out",
         )
+    for name in names:
+        planned_trials(restricted(job, [name]))
 
 
 def searched_backbones(job: JobConfig) -> list[str]:
@@ -75,7 +81,7 @@ def with_best_backbones(
     except FileNotFoundError:
         names = ", ".join(searched_backbones(job))
         console.print(f"scoring {names}", soft_wrap=True)
-        rows = _ranked(rank, _scores(job, images, beside, rank.num_images))
+        rows = _ranked(rank, *_scores(job, images, beside, rank.num_images))
         write_json(run.path / RANK, {**rank.model_dump(), "backbones": rows})
         run.save(run.path / RANK)
     console.print(_table(rank, rows))
@@ -84,48 +90,87 @@ def with_best_backbones(
 
 def restricted(job: JobConfig, names: Sequence[str]) -> JobConfig:
     """The job with no other backbones in its space or points, nor what is searched for others."""
-    search, space = job.search, {}
-    for key, entries in job.search.space.items():
-        fitting = [entry for entry in (_fitting(key, e, names) for e in entries) if entry]
-        if fitting:
-            space[key] = tuple(fitting)
+    search = job.search
+    space = {
+        key: tuple(_named(key, entry, names) for entry in entries)
+        for key, entries in search.space.items()
+    }
+    while (fewer := _reachable(space)) != space:
+        space = fewer
     points = [p for p in search.points if p.get(NAME, job.backbone.name) in names]
     search = search.model_copy(update={"space": space, "points": tuple(points), "rank": None})
     return job.model_copy(update={"search": search})
 
 
-def _fitting(key: str, entry: Distribution, names: Sequence[str]) -> Distribution | None:
-    """A distribution as it is for these backbones; None if it is for others."""
-    if key == NAME:
-        values = tuple(value for value in entry.values if value in names)
-        return entry.model_copy(update={entry.kind: values})
-    if NAME not in entry.when:
+def _named(key: str, entry: Distribution, names: Sequence[str]) -> Distribution:
+    if key != NAME:
         return entry
-    wanted = entry.when[NAME]
-    kept = [n for n in (wanted if isinstance(wanted, list | tuple) else [wanted]) if n in names]
-    return entry.model_copy(update={"when": {**entry.when, NAME: kept}}) if kept else None
+    values = tuple(value for value in entry.values if value in names)
+    return entry.model_copy(update={entry.kind: values})
 
 
-def _scores(job: JobConfig, images: Images, beside: Beside, num_images: int) -> dict[str, "Scores"]:
-    """The scores of each backbone, as the first trial has it that is known to."""
+def _reachable(space: Space) -> Space:
+    """The distributions whose conditions can hold, with the values alone that make them hold."""
+    listed = {
+        key: [value for entry in entries for value in entry.values]
+        for key, entries in space.items()
+        if all(entry.kind in ("choice", "grid") for entry in entries)
+    }
+
+    def fitting(entry: Distribution) -> Distribution | None:
+        when = {}
+        for key, wanted in entry.when.items():
+            several = wanted if isinstance(wanted, list | tuple) else [wanted]
+            when[key] = [value for value in several if value in listed.get(key, several)]
+            if not when[key]:
+                return None
+        return entry.model_copy(update={"when": when})
+
+    found = {key: tuple(filter(None, map(fitting, entries))) for key, entries in space.items()}
+    return {key: entries for key, entries in found.items() if entries}
+
+
+def _scores(
+    job: JobConfig, images: Images, beside: Beside, num_images: int
+) -> tuple[dict[str, "Scores"], dict[str, TlrunnerError]]:
+    """The scores of each backbone, and why others have none: those fail as their trials would.
+
+    Raises:
+        TlrunnerError: none has any.
+    """
     import ray  # which a dry run does without
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayError
 
-    known = {trial.config.backbone.name: trial.config for trial in reversed(planned_trials(job))}
     resources = job.resources
     task = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker or 0)(
         _score
     )
-    tasks = {
-        name: task.remote(
-            known.get(name) or with_values(job.trial(), {NAME: name}), images, beside, num_images
-        )
-        for name in searched_backbones(job)
-    }
-    try:
-        return dict(zip(tasks, ray.get(list(tasks.values())), strict=True))
-    except RayTaskError as err:
-        raise err.cause from err
+    most = job.search.max_concurrent_trials or math.inf
+    waiting, running = searched_backbones(job), dict[Any, str]()
+    scores: dict[str, Scores] = {}
+    errors: dict[str, TlrunnerError] = {}
+    while waiting or running:
+        while waiting and len(running) < most:
+            name = waiting.pop(0)
+            first = planned_trials(restricted(job, [name]))[0].config
+            running[task.remote(first, images, beside, num_images)] = name
+        (done, *_), _ = ray.wait(list(running))
+        name = running.pop(done)
+        try:
+            scores[name] = ray.get(done)
+        except RayError as err:
+            errors[name] = _in_a_line(getattr(err, "cause", None) or err)
+            log.warning("%s has no scores: %s", name, errors[name], exc_info=err)
+    if not scores:
+        raise next(iter(errors.values()))
+    return scores, errors
+
+
+def _in_a_line(err: BaseException) -> TlrunnerError:
+    if isinstance(err, TlrunnerError):
+        return err
+    last = (str(err).strip().splitlines() or [""])[-1]
+    return ResourceError(f"{type(err).__name__}: {last}")
 
 
 def _score(config: TrialConfig, images: Images, beside: Beside, num_images: int) -> "Scores":
@@ -136,18 +181,24 @@ def _score(config: TrialConfig, images: Images, beside: Beside, num_images: int)
     return score_backbone(config, images, beside, num_images)
 
 
-def _ranked(rank: RankConfig, scores: Mapping[str, "Scores"]) -> list[dict[str, Any]]:
+def _ranked(
+    rank: RankConfig, scores: Mapping[str, "Scores"], errors: Mapping[str, TlrunnerError]
+) -> list[dict[str, Any]]:
     """Best first; of equals the one that was named first."""
     names = sorted(scores, key=lambda name: -getattr(scores[name], rank.by))
-    return [
+    rows = [
         {"name": name, **asdict(scores[name]), "is_kept": place < rank.keep}
         for place, name in enumerate(names)
     ]
+    return [*rows, *({"name": n, "error": str(e), "is_kept": False} for n, e in errors.items())]
 
 
 def _table(rank: RankConfig, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("backbone", "log_me", "h_score", "ridge_accuracy", "seconds", f"by {rank.by}")
     for row in rows:
+        if "error" in row:
+            table.add_row(row["name"], "", "", "", "", "failed")
+            continue
         table.add_row(
             row["name"],
             f"{row['log_me']:.4f}",
