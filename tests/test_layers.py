@@ -11,7 +11,17 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "tlrunner"
 RANKS = [
     {"errors"},
-    {"section", "config", "files", "configfile", "searchconfig", "jobconfig", "uris", "machine"},
+    {
+        "section",
+        "config",
+        "files",
+        "configfile",
+        "searchconfig",
+        "jobconfig",
+        "uris",
+        "machine",
+        "paths",
+    },
     {"data", "model"},
     {"train"},
     {"tune"},

@@ -17,7 +17,8 @@ from tlrunner.config import BackboneConfig
 from tlrunner.data.dataset import open_dataset, verify_shards
 from tlrunner.files import sha256_file
 from tlrunner.jobconfig import JobConfig, PredictJob, PrepareJob, TrainJob
-from tlrunner.run import train, with_absolute_paths
+from tlrunner.paths import with_absolute_paths
+from tlrunner.run import train
 from tlrunner.train.checkpoint import verify_commit
 from tlrunner.train.trial_dir import EpochReport
 
@@ -317,7 +318,7 @@ def test_after_an_error_in_its_trial_a_run_can_be_done_again(
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("tlrunner.train.trial.write_checkpoint", full)
+        patched.setattr("tlrunner.train.keeper.write_checkpoint", full)
         assert train_job() == 73
     assert "the disk is full" in error_of(capsys)
     assert "Traceback" in (out / "mine" / "log.txt").read_text()

@@ -182,6 +182,9 @@ class TrainConfig(Section):
     """Share of each target that is spread evenly over all classes."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Validate and keep an exponential moving average of the weights. None: the weights."""
+    checkpoint_seconds: float = Field(300.0, gt=0, le=1e8)
+    """Seconds of an epoch between checkpoints that a trial can go on from; there is one at the end
+    of each epoch, too."""
     channels_last: bool = True
     """Store tensors in NHWC order, which convolutions are faster in."""
     compile: bool = False

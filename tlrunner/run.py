@@ -24,6 +24,7 @@ from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
 from tlrunner.machine import importing
 from tlrunner.model.classifier import describe
+from tlrunner.paths import with_absolute_paths, with_absolute_weights
 from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
 from tlrunner.report.rundir import (
     RunDir,
@@ -48,11 +49,10 @@ from tlrunner.tune.plan import (
     this_machine,
 )
 from tlrunner.tune.space import PlannedTrial, located
-from tlrunner.uris import absolute, is_weights_file, local_path
+from tlrunner.uris import absolute
 
 log = logging.getLogger("tlrunner")
 LOG_NAME = "log.txt"
-AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
 AnyJob = TypeVar("AnyJob", bound=TrainJob)
 Grant = Callable[[ResourceConfig], tuple[ResourceConfig, bool]]
 
@@ -63,7 +63,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
     job = with_absolute_paths(job)
 
     # -- Everything that can be wrong is found before anything starts ------------------------------
-    job = job.model_copy(update={"search": _with_absolute_weights(job.search)})
+    job = job.model_copy(update={"search": with_absolute_weights(job.search)})
     trials = check_search(job)
     source = open_source(job.data.uri, cache_dir=job.data.cache_dir)
     earlier = _earlier_trials(job, out)
@@ -90,7 +90,10 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
             job, images = _prepared(job, run, [t.config for t in trials], out)
             # A population is trained together or not at all.
             anew = job.search.scheduler == "pbt"
-            run, ended = held.enter_context(_begun(run, job, images, out, anew=anew))
+            goes_on = job.search.scheduler != "hyperband" and job.search.algorithm != "tpe"
+            run, ended = held.enter_context(
+                _begun(run, job, images, out, anew=anew, goes_on=goes_on)
+            )
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
             search = Search(
@@ -144,7 +147,13 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         directory = run.trial(planned.trial_id)
         try:
             if not ended:  # else only the end is missing
-                run_trial(planned.config, show, trial_dir=directory.place, images=which(images))
+                run_trial(
+                    planned.config,
+                    show,
+                    trial_dir=directory.place,
+                    images=which(images),
+                    resume_from=directory.to_go_on_from(),
+                )
         except KeyboardInterrupt:
             interrupted = True
         except TlrunnerError:
@@ -178,41 +187,6 @@ def prepare_images(job: PrepareJob, job_name: str, out: Console, dry_run: bool) 
         soft_wrap=True,
     )
     return 0
-
-
-def with_absolute_paths(job: AnyTrial) -> AnyTrial:
-    """Trials run in directories of their own, so relative paths are settled here."""
-    weights = job.backbone.weights
-    settled = {"weights": absolute(weights)} if is_weights_file(weights) else {}
-    data = job.data.model_copy(
-        update={
-            "uri": absolute(job.data.uri),
-            "cache_dir": str(local_path(job.data.cache_dir)),
-        }
-    )
-    backbone = job.backbone.model_copy(update=settled)
-    uri = job.reuse.uri
-    reuse = job.reuse.model_copy(update={"uri": uri and absolute(uri)})
-    return job.model_copy(update={"data": data, "backbone": backbone, "reuse": reuse})
-
-
-def _with_absolute_weights(search: SearchConfig) -> SearchConfig:
-    """Likewise for the files among the weights that are searched, and an earlier run."""
-    if search.warm_start:
-        search = search.model_copy(update={"warm_start": absolute(search.warm_start)})
-    space = dict(search.space)
-    if "backbone.weights" in space:
-        space["backbone.weights"] = tuple(
-            entry.model_copy(
-                update={
-                    entry.kind: tuple(
-                        absolute(w) if is_weights_file(w) else w for w in entry.values
-                    )
-                }
-            )
-            for entry in space["backbone.weights"]
-        )
-    return search.model_copy(update={"space": space})
 
 
 def _prepared(
@@ -256,13 +230,20 @@ def _prepared(
 
 @contextmanager
 def _begun(
-    run: RunDir, job: TrainJob, images: Dataset, out: Console, *, anew: bool = False
+    run: RunDir,
+    job: TrainJob,
+    images: Dataset,
+    out: Console,
+    *,
+    anew: bool = False,
+    goes_on: bool = True,
 ) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """The run's directory, ours from here on, with a log and the list of unusable images in it.
 
     Yields the trials that ended before, too; none if they are to run `anew`.
     """
-    with begun_run(run, job, images.manifest.sha256, anew=anew) as (run, ended):
+    sha256 = images.manifest.sha256
+    with begun_run(run, job, sha256, anew=anew, goes_on=goes_on) as (run, ended):
         _log_to(run)
         copy_bad_images(images, run)
         kept = f": {len(ended)} trials are done already" if ended else ""

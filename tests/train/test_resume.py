@@ -10,10 +10,13 @@ import torch
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
+from tlrunner.data.loader import Batch
 from tlrunner.errors import ResourceError, StorageError
+from tlrunner.train import loop as loop_module
 from tlrunner.train import trial as trial_module
 from tlrunner.train.checkpoint import read_checkpoint
 from tlrunner.train.images import Images
+from tlrunner.train.keeper import Keeper
 from tlrunner.train.loop import Loop
 from tlrunner.train.place import Place
 from tlrunner.train.trial import run_trial
@@ -89,6 +92,94 @@ def test_a_trial_continued_behind_any_epoch_ends_bit_for_bit_the_same(
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def _checkpoints_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "LOOK_STEPS", 1)
+    monkeypatch.setattr(Keeper, "is_due", lambda keeper: keeper.record is not None)
+
+
+def seen_by(monkeypatch: pytest.MonkeyPatch, dies_in_steps: list[int]) -> list[list[int]]:
+    """The labels and first pixels of each batch; the trial dies in the steps with these numbers."""
+    seen: list[list[int]] = []
+    step = Loop._step
+
+    def stepping(loop: Loop, optimizer: Any, batch: Batch, sums: Any) -> torch.Tensor:
+        if dies_in_steps and len(seen) == dies_in_steps[0]:
+            dies_in_steps.pop(0)
+            raise StoppedError
+        trace = [*batch.labels_B.tolist(), *batch.images_BHWC.flatten(1)[:, :9].sum(1).tolist()]
+        seen.append(trace)
+        return step(loop, optimizer, batch, sums)
+
+    monkeypatch.setattr(Loop, "_step", stepping)
+    return seen
+
+
+@pytest.mark.usefixtures("_checkpoints_in_each_step")
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("steps", [[1], [4], [6], [15], [5, 6], [1, 4, 11]])
+def test_a_trial_that_dies_in_any_step_goes_on_to_the_same_end(
+    tiny_trial: TrialConfig,
+    colour_images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    steps: list[int],
+) -> None:
+    config = with_values(tiny_trial, CASES[case])  # four epochs of four steps
+    whole, parts = TrialDir(tmp_path / "whole"), TrialDir(tmp_path / "parts")
+    told: list[EpochReport] = []
+    with monkeypatch.context() as patched:
+        expected = seen_by(patched, [])
+        run_trial(config, told.append, trial_dir=whole.path, images=colour_images)
+    seen = seen_by(monkeypatch, list(steps))
+    again: list[EpochReport] = []
+    for _ in steps:
+        with pytest.raises(StoppedError):
+            run_trial(
+                config,
+                again.append,
+                trial_dir=parts.path,
+                images=colour_images,
+                resume_from=parts.to_go_on_from(),
+            )
+    assert len(list(parts.checkpoints.iterdir())) <= 3, "the best and the last two"
+    run_trial(
+        config,
+        again.append,
+        trial_dir=parts.path,
+        images=colour_images,
+        resume_from=parts.to_go_on_from(),
+    )
+    assert seen == expected, "each batch once, whatever happened"
+    assert figures(again) == figures(told) == figures(list(parts.read().epochs))
+    one, other = (
+        read_checkpoint(directory.best_checkpoint(directory.read().best))[0]
+        for directory in (whole, parts)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.usefixtures("_checkpoints_in_each_step")
+def test_a_newest_checkpoint_that_rotted_or_is_torn_is_passed_over(
+    tiny_trial: TrialConfig,
+    colour_images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial = TrialDir(tmp_path / "trial")
+    seen_by(monkeypatch, [3])
+    with pytest.raises(StoppedError):
+        run_trial(tiny_trial, trial_dir=trial.path, images=colour_images)
+    older, newest = sorted(trial.checkpoints.iterdir())
+    assert trial.to_go_on_from() == Place(newest)
+    (newest / "state.safetensors").write_bytes(b"rot")
+    (trial.checkpoints / "00000009-0").mkdir()
+    assert trial.to_go_on_from() == Place(older)
+    (older / "COMMIT.json").unlink()
+    assert trial.to_go_on_from() is None
 
 
 def test_what_was_told_behind_the_checkpoint_is_told_anew(
@@ -204,11 +295,11 @@ def test_out_of_memory_in_a_later_epoch_tells_no_epoch_twice(
 ) -> None:
     run_epoch, failed = trial_module._run_epoch, []
 
-    def running_out(loop: Loop, reuse: Any, sweep: None, epoch: int) -> EpochReport:
+    def running_out(loop: Loop, reuse: Any, how: Any, epoch: int, begun: Any) -> EpochReport:
         if epoch == 1 and not failed:
             failed.append(epoch)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_epoch(loop, reuse, sweep, epoch)
+        return run_epoch(loop, reuse, how, epoch, begun)
 
     monkeypatch.setattr(trial_module, "_run_epoch", running_out)
     told: list[EpochReport] = []

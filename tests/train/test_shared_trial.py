@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from workers import run_in_workers
+from workers import run_in_parts, run_in_workers
 
 from tlrunner.config import BackboneConfig, HeadConfig, TrialConfig
 from tlrunner.configfile import with_values
@@ -109,3 +109,20 @@ def test_more_workers_than_images_in_a_batch_are_refused(
 
     with pytest.raises(ConfigError, match=r"workers_per_trial times .* is 9, valid: at most"):
         with_values(tiny_trial, {"resources.workers_per_trial": 9})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["every phase", "vit"])
+def test_a_trial_goes_on_with_another_number_of_workers_from_any_step(
+    small: TrialConfig, colour_images: Images, tmp_path: Path, case: str
+) -> None:
+    config = with_values(small, WITHOUT_MOVING_STATISTICS[case])
+    whole, parts = TrialDir(tmp_path / "whole"), TrialDir(tmp_path / "parts")
+    run_in_parts([(1, None)], config, colour_images, whole.path)
+    # Epochs of three steps: it changes in the first one, in the second, and goes on to the end.
+    run_in_parts([(1, 2), (2, 3), (1, None)], config, colour_images, parts.path)
+    one, other = whole.read(), parts.read()
+    assert other.state == "completed"
+    for expected, found in zip(one.epochs, other.epochs, strict=True):
+        for name in FIGURES:
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-5)

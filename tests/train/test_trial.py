@@ -11,7 +11,7 @@ import torch
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.errors import ConfigError, ResourceError
-from tlrunner.train.checkpoint import read_checkpoint
+from tlrunner.train.checkpoint import read_checkpoint, verify_commit
 from tlrunner.train.images import Images
 from tlrunner.train.trial import TrialResult, run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
@@ -119,9 +119,11 @@ def test_one_checkpoint_is_kept_that_of_the_best_epoch(run: Run, tmp_path: Path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [result.best.checkpoint]
     best = max(reports, key=lambda report: report.val_acc)
     assert (result.best, TrialDir(tmp_path).read().best) == (best, best)
-    improved = [report for report in reports if report.checkpoint]
-    accs = [report.val_acc for report in improved]
-    assert accs == sorted(set(accs)), "a checkpoint for each epoch better than all before"
+    assert all(report.checkpoint for report in reports[:-1]), "one to go on from for each epoch"
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    names = {path.name for path in kept.iterdir()}
+    assert names == {"trainable.safetensors", "state.json", "COMMIT.json"}, "the weights alone"
+    verify_commit(kept)
 
 
 def test_without_a_directory_nothing_is_kept(

@@ -1,6 +1,7 @@
 """Searches on a local Ray: slow, each of them starts one."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -286,7 +287,8 @@ def test_an_interrupted_search_leaves_no_process_and_the_same_command_finishes_i
     space = {"train.epochs": {"grid": [2, MANY]}}
     flags = search.flags("cut", space, algorithm="grid", max_concurrent_trials=1)
     run, log = runs / "cut", tmp_path / "stderr.txt"
-    kept = []
+    kept: list[dict[str, str]] = []
+    told: list[list[str]] = []  # lines of the trial that was under way
     for signum in (signal.SIGTERM, signal.SIGINT):
         assert interrupt(flags, tmp_path.name, signum, log) == 75, log.read_text()
         assert log.read_text().splitlines()[-1].endswith("continues it")
@@ -297,9 +299,14 @@ def test_an_interrupted_search_leaves_no_process_and_the_same_command_finishes_i
         assert summary_of(run)["status"] == "interrupted"
         assert not (run / "_SUCCESS").exists()
         kept.append(content_of(next(run.glob("trials/0000-*"))))
+        told.append(next(run.glob("trials/0001-*/metrics.jsonl")).read_text().splitlines())
 
     assert run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags) == 0
     kept.append(content_of(next(run.glob("trials/0000-*"))))
     assert kept[0] == kept[1] == kept[2], "the first trial ended once"
+    told.append(next(run.glob("trials/0001-*/metrics.jsonl")).read_text().splitlines())
+    for earlier, later in itertools.pairwise(told):
+        assert earlier == later[: len(earlier)], "no epoch ran twice"
+    assert told[0]
     assert summary_of(run)["trials"]["completed"] == 2
     assert {row["epochs_run"] for row in rows_of(run)} == {"2", str(MANY)}

@@ -25,7 +25,7 @@ from tlrunner.configfile import config_hash
 from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
 from tlrunner.files import cannot_write, write_json
 from tlrunner.jobconfig import OutputConfig
-from tlrunner.train.checkpoint import verify_commit
+from tlrunner.train.checkpoint import is_whole
 from tlrunner.train.place import CHECKPOINTS, Place, place_at
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
@@ -149,12 +149,13 @@ def settled_before(run: RunDir, data: DataConfig) -> DataConfig:
 
 @contextmanager
 def begun_run(
-    run: RunDir, job: BaseModel, images_sha256: str, *, anew: bool = False
+    run: RunDir, job: BaseModel, images_sha256: str, *, anew: bool = False, goes_on: bool = True
 ) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """Hold a run's directory, and say in it what the run is.
 
     run.json gets the resolved config, its hash, versions, and the hash of the images' manifest.
-    Trials that were cut short or failed are cleared, to run again; all of them, if `anew`.
+    Trials that failed are cleared, to run again, and so are those that were broken off and have
+    nothing to go on from; unless `goes_on`, all that were broken off, and all of them, if `anew`.
 
     Yields:
         The run, and the trials that ended before and are kept.
@@ -177,7 +178,7 @@ def begun_run(
         }
         write_json(run.path / "run.json", content)
         run.place.save(run.path / "run.json")
-        yield run, _clear_unsettled(run, anew)
+        yield run, _clear_unsettled(run, anew, goes_on)
 
 
 def _check_same(run: RunDir, images_sha256: str | None = None) -> None:
@@ -254,12 +255,16 @@ def _held(run: RunDir) -> Iterator[None]:
         yield
 
 
-def _clear_unsettled(run: RunDir, anew: bool) -> list[TrialRecord]:
-    kept = {r.trial_id: r for r in run.records() if not anew and _is_kept(run, r)}
+def _clear_unsettled(run: RunDir, anew: bool, goes_on: bool) -> list[TrialRecord]:
+    """Gives the trials that ended."""
+    records = [] if anew else run.records()
+    ended = {r.trial_id: r for r in records if _is_kept(run, r)}
+    broken_off = [r.trial_id for r in records if goes_on and r.state == "interrupted"]
+    resumable = {name for name in broken_off if run.trial(name).to_go_on_from()}
     for directory in sorted(run.trials.iterdir()) if run.trials.is_dir() else ():
-        if directory.name not in kept:
+        if directory.name not in ended and directory.name not in resumable:
             run.place.remove(directory)
-    return list(kept.values())
+    return list(ended.values())
 
 
 def _is_kept(run: RunDir, record: TrialRecord) -> bool:
@@ -267,18 +272,10 @@ def _is_kept(run: RunDir, record: TrialRecord) -> bool:
     if not (record.is_settled and record.best):
         return record.is_settled
     trial = run.trial(record.trial_id)
-    if not _is_whole(trial.best_checkpoint(record.best)) and run.uri:
+    if not is_whole(trial.best_checkpoint(record.best)) and run.uri:
         shutil.rmtree(trial.checkpoints)  # of the working copy, which is not what counts
         trial.place.fetch()
-    return _is_whole(trial.best_checkpoint(record.best))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        verify_commit(checkpoint)
-    except StorageError:
-        return False
-    return True
+    return is_whole(trial.best_checkpoint(record.best))
 
 
 def installed_versions() -> dict[str, str]:

@@ -70,12 +70,36 @@ def read_training_state(directory: Path) -> dict[str, Tensor]:
     return load_file(directory / TRAINING_STATE)
 
 
-def others(checkpoint: Path, num_last: int = 0) -> list[Path]:
+def others(parent: Path, checkpoint: Path | None, num_last: int = 0) -> list[Path]:
     """The checkpoints beside this one, which must be committed first, but for the newest ones."""
-    assert (checkpoint / COMMIT).exists(), "the checkpoint to keep is not committed"
-    directories = _directories(checkpoint.parent)
+    assert checkpoint is None or (checkpoint / COMMIT).exists(), (
+        "the checkpoint to keep is not committed"
+    )
+    directories = _directories(parent)
     kept = {checkpoint, *directories[max(0, len(directories) - num_last) :]}
     return [directory for directory in directories if directory not in kept]
+
+
+def resumable(parent: Path) -> Path | None:
+    """The newest checkpoint that training can go on from, and that is as it was committed."""
+    for directory in reversed(_directories(parent)):
+        if (directory / TRAINING_STATE).exists() and is_whole(directory):
+            return directory
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        verify_commit(checkpoint)
+    except StorageError:
+        return False
+    return True
+
+
+def without_training_state(directory: Path) -> None:
+    """Commit a checkpoint once more, as one of the weights alone."""
+    commit = read_json(directory / COMMIT)
+    write_json(directory / COMMIT, {n: fact for n, fact in commit.items() if n != TRAINING_STATE})
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

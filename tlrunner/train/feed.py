@@ -231,8 +231,8 @@ class Feed:
                 "or raise train.batch_size",
             )
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch counted from 0."""
+    def train(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch counted from 0, from one of them on."""
         batches = train_batches(
             self.dataset,
             self.splits.train,
@@ -242,6 +242,7 @@ class Feed:
             batch_size=self.config.train.batch_size,
             world=self.world,
             num_threads=self.num_threads,
+            first_batch=first_batch,
             pin_memory=self.pin_memory,
         )
         return self._unchanged(batches)

@@ -4,10 +4,10 @@ A global batch is one optimizer step, whatever number of micro-batches it is com
 micro-batch adds its summed loss over the size of the global batch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from tlrunner.model.classifier import Classifier
 from tlrunner.model.freeze import Level
 from tlrunner.model.split import Split
 from tlrunner.train.ema import Ema
-from tlrunner.train.metrics import Metrics, Sums
+from tlrunner.train.metrics import NOT_BEGUN, Begun, Metrics, Sums
 from tlrunner.train.optim import (
     build_optimizer,
     carry_state,
@@ -31,7 +31,7 @@ from tlrunner.train.optim import (
     set_learning_rate,
 )
 
-LOSS_CHECK_STEPS = 16  # losses are looked at this often: each look waits for the device
+LOOK_STEPS = 16  # losses are looked at this often: each look waits for the device
 
 
 class DivergedError(Exception):
@@ -40,6 +40,16 @@ class DivergedError(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"non-finite loss at step {step}")
         self.step = step
+
+
+class Between(Protocol):
+    """What is done between steps of an epoch, now and then."""
+
+    def is_due(self) -> bool:
+        """Whether it is time for it; the first worker is asked."""
+
+    def __call__(self, num_batches: int, totals: Sequence[float]) -> None:
+        """Called by all workers behind so many batches of an epoch, with sums over them."""
 
 
 class Loop:
@@ -69,6 +79,10 @@ class Loop:
         self.ema: Ema | None = None
 
     @property
+    def _is_first(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
     def has_statistics_apart(self) -> bool:
         """Whether workers see BatchNorm statistics of their own, which differ, in this phase."""
         on_gpu = self.accelerator.device.type == "cuda"
@@ -96,28 +110,44 @@ class Loop:
             self.ema = self.ema or Ema(self.train.ema_decay)
             self.ema.follow(self.classifier.trainable_state())
 
-    def train_epoch(self, batches: Iterable[Batch], epoch: int, num_batches: int) -> Metrics:
+    def train_epoch(
+        self,
+        batches: Iterable[Batch],
+        epoch: int,
+        num_batches: int,
+        begun: Begun = NOT_BEGUN,
+        between: Between | None = None,
+    ) -> Metrics:
         """Train on every batch once; `epoch` counts from 0.
+
+        Args:
+            batches: those that are left of `num_batches`.
+            begun: what is behind them.
 
         Raises:
             DivergedError: a loss was not finite.
         """
         assert self.optimizer is not None, "no phase entered"
         self.model.train()
-        sums = Sums(self.accelerator.device)
+        sums = Sums(self.accelerator.device, begun.totals if self._is_first else ())
         losses: list[Tensor] = []
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches, start=begun.num_batches):
             moment = epoch + (index + 0.5) / num_batches
             set_learning_rate(
                 self.optimizer, schedule_factor(self.optim, moment, self.train.epochs)
             )
             losses.append(self._step(self.optimizer, batch, sums))
-            if len(losses) == LOSS_CHECK_STEPS or index + 1 == num_batches:
-                total = self._over_workers(torch.stack(losses))  # so that all of them diverge
-                check_finite(total, first_step=epoch * num_batches + index + 2 - len(losses))
+            is_last = index + 1 == num_batches
+            if len(losses) == LOOK_STEPS or is_last:
+                is_due = between is not None and self._is_first and not is_last and between.is_due()
+                looked = torch.stack([*losses, torch.full_like(losses[0], float(is_due))])
+                looked = self._over_workers(looked)  # so that all of them diverge, or none
+                check_finite(looked[:-1], first_step=epoch * num_batches + index + 2 - len(losses))
                 losses.clear()
-        if self.is_shared:
-            self._average_statistics()
+                if between and looked[-1].item():
+                    self._average_statistics()  # which comes to the same when done once more
+                    between(index + 1, self._over_workers(sums.totals).tolist())
+        self._average_statistics()
         return sums.metrics(self._over_workers)
 
     @torch.no_grad()
@@ -146,6 +176,8 @@ class Loop:
     @torch.no_grad()
     def _average_statistics(self) -> None:
         """Give all workers the same buffers: the mean over workers of what each of them saw."""
+        if not self.is_shared:
+            return
         state = self.classifier.trainable_state()
         buffers = [name for name, _ in self.classifier.named_buffers() if name in state]
         for tensors in (state, self.ema.average if self.ema else {}):

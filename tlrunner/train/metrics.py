@@ -4,8 +4,9 @@ Adding up correct, loss and seen, and dividing once at the end, gives the same f
 batch size and number of workers, which an average of averages does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,26 @@ class Metrics:
     seen: int
 
 
-class Sums:
-    """Running (correct, loss, seen), kept on the device so that adding never waits for it."""
+class Begun(NamedTuple):
+    """An epoch that was broken off: batches that are behind, and their (correct, loss, seen)."""
 
-    def __init__(self, device: torch.device) -> None:
+    num_batches: int = 0
+    totals: Sequence[float] = ()
+
+
+NOT_BEGUN = Begun()
+
+
+class Sums:
+    """Running (correct, loss, seen), kept on the device so that adding never waits for it.
+
+    `totals`: what there is to begin with.
+    """
+
+    def __init__(self, device: torch.device, totals: Sequence[float] = ()) -> None:
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        if totals:
+            self.totals += torch.tensor(totals, dtype=torch.float64, device=device)
 
     def add(self, correct: Tensor, loss: Tensor, seen: int) -> None:
         """Add one batch: number correct, summed loss (scalars), and images, all without padding."""

@@ -52,6 +52,12 @@ class Place:
         files = sorted(path for path in directory.iterdir() if path.is_file())
         self.save(*(f for f in files if f.name != last), directory / last)
 
+    def drop(self, file: Path) -> None:
+        """Remove one file."""
+        file.unlink(missing_ok=True)
+        if self.uri:
+            self.store.delete(file.relative_to(self.path).as_posix())
+
     def remove(self, directory: Path, first: str = "") -> None:
         """Remove a directory, the file called `first` before all others."""
         if first:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlrunner.train.checkpoint import COMMIT, read_checkpoint, read_training_state
+from tlrunner.files import read_json
+from tlrunner.train.checkpoint import COMMIT, STATE, read_checkpoint, read_training_state
 from tlrunner.train.loop import Loop
+from tlrunner.train.metrics import Begun
 from tlrunner.train.place import Place
 
 Numbers = dict[str, Any]
@@ -31,6 +33,12 @@ class Resumed:
     @property
     def epoch(self) -> int:
         return int(self.numbers["epoch"])
+
+    @property
+    def begun(self) -> Begun:
+        """Of the epoch that comes then."""
+        begun = self.numbers.get("begun", {})
+        return Begun(int(begun.get("num_batches", 0)), tuple(begun.get("totals", ())))
 
     @property
     def seconds(self) -> float:
@@ -50,6 +58,11 @@ def read_resumable(checkpoint: Place) -> Resumed:
         copy = Place(Path(directory), checkpoint.uri)
         copy.fetch(last=COMMIT)
         return read_resumable(Place(copy.path))
+
+
+def epoch_of(checkpoint: Place | None) -> int:
+    """Epochs that are behind a checkpoint of this machine; 0 without one."""
+    return int(read_json(checkpoint.path / STATE)["epoch"]) if checkpoint else 0
 
 
 def training_state(loop: Loop) -> tuple[dict[str, Tensor], Numbers]:

@@ -116,13 +116,16 @@ class Reuse:
 
     # -- Reading ---------------------------------------------------------------------------------
 
-    def train(self, epoch: int, feed: Feed | None = None) -> Iterator[Batch]:
-        """The batches of an epoch counted from 0; with a `feed`, that one's, of the same views."""
+    def train(self, epoch: int, feed: Feed | None = None, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch counted from 0, from one of them on.
+
+        `feed`: another than the trial's, of the same views.
+        """
         feed = feed or self.feed
         tier = self.train_tier(epoch)
         if tier is None:
-            return feed.train(epoch)
-        return self._serve(tier, feed.splits.train, feed.train_shares(epoch))
+            return feed.train(epoch, first_batch)
+        return self._serve(tier, feed.splits.train, feed.train_shares(epoch)[first_batch:])
 
     def val(self) -> Iterator[Batch]:
         tier = self.val_tier()

@@ -22,20 +22,17 @@ from tlrunner.data.world import World
 from tlrunner.errors import ResourceError
 from tlrunner.model.freeze import Level, check, levels, phase_starts
 from tlrunner.train.beside import Beside
-from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.demand import demand_of
 from tlrunner.train.device import build_accelerator
 from tlrunner.train.feed import Feed, open_data, use_decoded_cache
 from tlrunner.train.images import Images
+from tlrunner.train.keeper import Keeper
 from tlrunner.train.loaded import load_backbone, new_classifier
 from tlrunner.train.loop import DivergedError, Loop
+from tlrunner.train.metrics import NOT_BEGUN, Begun
 from tlrunner.train.place import Place
 from tlrunner.train.probe import check_memory, latency_seconds
-from tlrunner.train.resume import (
-    load_training_state,
-    read_resumable,
-    training_state,
-)
+from tlrunner.train.resume import load_training_state, read_resumable
 from tlrunner.train.reuse import Reuse
 from tlrunner.train.swept import Member, sweep_of
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
@@ -163,35 +160,33 @@ def _run(
     if loop.accelerator.device.type == "cuda":
         last_levels = levels(config.freeze, num_stages, phases[-1])
         check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
-    if resumed:
-        _enter_phase(loop, reuse, levels(config.freeze, num_stages, first_epoch - 1))
+    begun = resumed.begun if resumed else NOT_BEGUN
+    if resumed:  # in the phase that it was broken off in
+        epoch = first_epoch if begun.num_batches else first_epoch - 1
+        _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         load_training_state(loop, resumed)
     sweep = None if resumed or num_last else sweep_of(config, loop, reuse, beside)
 
+    def elapsed() -> float:
+        return seconds_before + time.monotonic() - started
+
     # -- Epochs ----------------------------------------------------------------------------------
-    best = record.read().best if record else None
+    keeper = Keeper(record, loop, reuse, num_last, goes_on=not sweep, elapsed=elapsed)
     for epoch in range(first_epoch, config.train.epochs):
-        if epoch in phases:
+        keeper.epoch = epoch
+        if epoch in phases and not begun.num_batches:
             _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         try:
-            finished = _run_epoch(loop, reuse, sweep, epoch)
+            finished = _run_epoch(loop, reuse, sweep or keeper, epoch, begun)
         except DivergedError as err:
             if record:
                 record.end("diverged", str(err))
-            return TrialResult("diverged", best, str(err))
-        seconds = seconds_before + time.monotonic() - started
-        finished = replace(finished, latency_seconds=latency, seconds=seconds)
-        is_best = best is None or finished.val_acc > best.val_acc
-        if record and (is_best or num_last):
-            finished = _keep(record, loop, feed, finished, with_training=num_last > 0)
-        if best is None or is_best:
-            best = finished
-        if record:
-            _tell(record, loop, reuse, finished)
-            if is_best or num_last:  # recorded as such, so those it replaces can go
-                record.keep_only(record.best_checkpoint(best), num_last)
-        report(finished)
-    return TrialResult("completed", best)
+                keeper.end()
+            return TrialResult("diverged", keeper.best, str(err))
+        begun = NOT_BEGUN
+        finished = replace(finished, latency_seconds=latency, seconds=elapsed())
+        report(keeper.keep(finished))
+    return TrialResult("completed", keeper.best)
 
 
 def build(
@@ -229,24 +224,21 @@ def _enter_phase(loop: Loop, reuse: Reuse, of_stages: tuple[Level, ...]) -> None
     loop.enter_phase(of_stages, reuse.enter(of_stages))
 
 
-def _tell(record: TrialDir, loop: Loop, reuse: Reuse, finished: EpochReport) -> None:
-    """Save the figures of an epoch, and what a reader of them should know."""
-    if loop.has_statistics_apart:
-        record.note("BatchNorm statistics are of each worker's part of a batch")
-    for note in reuse.notes:
-        record.note(note)
-    record.append(finished)
+def _run_epoch(
+    loop: Loop, reuse: Reuse, how: Member | Keeper, epoch: int, begun: Begun
+) -> EpochReport:
+    """The figures of an epoch counted from 0; what is known of the trial is added by the caller.
 
-
-def _run_epoch(loop: Loop, reuse: Reuse, sweep: Member | None, epoch: int) -> EpochReport:
-    """The figures of an epoch counted from 0; what is known of the trial is added by the caller."""
+    `how`: among others that are trained together, or alone with checkpoints between.
+    """
     started = time.monotonic()
     num_steps = reuse.feed.num_steps
-    if sweep:
-        trained, validated, head, train_seconds = sweep.epoch(epoch, reuse)
+    if isinstance(how, Member):
+        trained, validated, head, train_seconds = how.epoch(epoch, reuse)
         loop.adopt(head)
     else:
-        trained = loop.train_epoch(reuse.train(epoch), epoch, num_steps)
+        batches = reuse.train(epoch, first_batch=begun.num_batches)
+        trained = loop.train_epoch(batches, epoch, num_steps, begun, how)
         train_seconds = time.monotonic() - started
         validated = loop.evaluate(reuse.val())
     if not math.isfinite(validated.loss):
@@ -267,22 +259,3 @@ def _run_epoch(loop: Loop, reuse: Reuse, sweep: Member | None, epoch: int) -> Ep
         saved_seconds=reuse.saved_seconds,
         reused_bytes=reuse.num_bytes,
     )
-
-
-def _keep(
-    record: TrialDir, loop: Loop, feed: Feed, report: EpochReport, with_training: bool
-) -> EpochReport:
-    """Commit the checkpoint of an epoch."""
-    tensors, numbers = training_state(loop) if with_training else (None, {})
-    state = {
-        "epoch": report.epoch,
-        "val_acc": report.val_acc,
-        "val_loss": report.val_loss,
-        "seconds": report.seconds,
-        "data_sha256": feed.dataset.manifest.sha256,
-        **numbers,
-    }
-    step = feed.num_steps * report.epoch
-    directory = write_checkpoint(record.checkpoints, step, loop.trained_state(), state, tensors)
-    record.keep(directory)
-    return replace(report, checkpoint=directory.name)

@@ -18,7 +18,13 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.files import cannot_write, read_json, write_json, write_text
-from tlrunner.train.checkpoint import COMMIT, others
+from tlrunner.train.checkpoint import (
+    COMMIT,
+    TRAINING_STATE,
+    others,
+    resumable,
+    without_training_state,
+)
 from tlrunner.train.place import CHECKPOINTS, Place
 
 State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
@@ -108,10 +114,25 @@ class TrialDir:
         """Save a checkpoint that is committed."""
         self.place.save_directory(checkpoint, last=COMMIT)
 
-    def keep_only(self, checkpoint: Path, num_last: int = 0) -> None:
+    def keep_only(self, checkpoint: Path | None, num_last: int = 0) -> None:
         """Remove all but this checkpoint, which a line of the metrics speaks of, and the newest."""
-        for other in others(checkpoint, num_last):
+        for other in others(self.checkpoints, checkpoint, num_last):
             self.place.remove(other, first=COMMIT)
+
+    def keep_weights(self) -> None:
+        """Keep of all checkpoints the weights of the best epoch."""
+        best = self.read().best
+        checkpoint = self.best_checkpoint(best) if best else None
+        self.keep_only(checkpoint)
+        if checkpoint and (checkpoint / TRAINING_STATE).exists():
+            without_training_state(checkpoint)
+            self.place.save(checkpoint / COMMIT)
+            self.place.drop(checkpoint / TRAINING_STATE)
+
+    def to_go_on_from(self) -> Place | None:
+        """The newest checkpoint that the trial can go on from."""
+        checkpoint = resumable(self.checkpoints)
+        return self.place.below(CHECKPOINTS).below(checkpoint.name) if checkpoint else None
 
     def append(self, report: EpochReport) -> None:
         """One more line of metrics, on the disk when this returns."""

@@ -15,6 +15,7 @@ from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import State, TrialDir, TrialRecord
+from tlrunner.tune.schedule import num_last
 from tlrunner.tune.space import PlannedTrial
 from tlrunner.tune.trainable import planned_trial
 
@@ -123,6 +124,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         if row.state == "interrupted":  # by the scheduler, so it is at its end
             row.state = "stopped"
             directory.end("stopped")
+            if not num_last(self.job) and not directory.place.uri:  # else at the search's end
+                directory.keep_weights()
         self._say(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -194,9 +194,9 @@ def _end_trials(trials: Place, kept: int) -> None:
     """
     trials.fetch(without=CHECKPOINTS)
     for directory in _begun(trials):
-        record = directory.read()
-        if record.state == "interrupted":
+        state = directory.read().state
+        if state == "interrupted":
             directory.end("stopped")
-        if kept and record.best:
+        if kept or state in ("interrupted", "stopped"):
             directory.place.fetch()
-            directory.keep_only(directory.best_checkpoint(record.best))
+            directory.keep_weights()

@@ -9,7 +9,7 @@ importing torch, one actor did all the short trials.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from tlrunner.tune.space import PlannedTrial, trial_at
 END_SECONDS = 60  # a stopped trial may take to end its workers, before the next one fails for it
 
 if TYPE_CHECKING:
-    from tlrunner.train.trial_dir import EpochReport
+    from tlrunner.train.trial_dir import EpochReport, TrialDir, TrialRecord
 
 
 def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
@@ -63,6 +63,7 @@ def run_planned(
 ) -> None:
     """Run a trial, or tell again what it did, or go on behind its pause."""
     with importing():
+        from tlrunner.train.resume import epoch_of
         from tlrunner.train.trial import run_trial
         from tlrunner.train.trial_dir import TrialDir
         from tlrunner.tune.workers import run_in_workers
@@ -72,14 +73,14 @@ def run_planned(
     directory = TrialDir(trials.below(planned.trial_id))
     directory.place.fetch()
     record = directory.read() if directory.has_begun else None
+    resume_from, notes = _beginning(trials, directory, record, num_last, values)
     if record and (record.is_settled or not num_last):
-        # A continued run: what ended is told again, not computed again.
-        for finished in record.epochs:
+        # A continued run: what was done is told again, not computed again.
+        num_done = len(record.epochs) if record.is_settled else epoch_of(resume_from)
+        for finished in record.epochs[:num_done]:
             report(finished)
-        return
-    resume_from, notes = _beginning(
-        trials, directory.place, record.epochs if record else (), values
-    )
+        if record.is_settled:
+            return
     run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
     try:
         run(
@@ -103,11 +104,17 @@ def report(finished: "EpochReport") -> None:
 
 
 def _beginning(
-    trials: Place, place: Place, epochs: "Sequence[EpochReport]", values: dict[str, Any]
+    trials: Place,
+    directory: "TrialDir",
+    record: "TrialRecord | None",
+    num_last: int,
+    values: dict[str, Any],
 ) -> tuple[Place | None, tuple[str, ...]]:
     """The checkpoint that a trial goes on from, if any, and what is to be noted of it."""
-    if epochs:
-        return place.below(CHECKPOINTS).below(str(epochs[-1].checkpoint)), ()
+    if record and not num_last:
+        return directory.to_go_on_from(), record.notes
+    if record and record.epochs:
+        return directory.place.below(CHECKPOINTS).below(str(record.epochs[-1].checkpoint)), ()
     if copied := values["trial"].get("copied"):
         donor, epoch, checkpoint = copied
         note = f"goes on from the weights of {donor} at the end of epoch {epoch}"

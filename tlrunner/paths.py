@@ -1,0 +1,44 @@
+"""Places in a config made absolute: trials run in directories of their own."""
+
+from typing import TypeVar
+
+from tlrunner.config import TrialConfig
+from tlrunner.searchconfig import SearchConfig
+from tlrunner.uris import absolute, is_weights_file, local_path
+
+AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
+
+
+def with_absolute_paths(job: AnyTrial) -> AnyTrial:
+    """Trials run in directories of their own, so relative paths are settled here."""
+    weights = job.backbone.weights
+    settled = {"weights": absolute(weights)} if is_weights_file(weights) else {}
+    data = job.data.model_copy(
+        update={
+            "uri": absolute(job.data.uri),
+            "cache_dir": str(local_path(job.data.cache_dir)),
+        }
+    )
+    backbone = job.backbone.model_copy(update=settled)
+    uri = job.reuse.uri
+    reuse = job.reuse.model_copy(update={"uri": uri and absolute(uri)})
+    return job.model_copy(update={"data": data, "backbone": backbone, "reuse": reuse})
+
+
+def with_absolute_weights(search: SearchConfig) -> SearchConfig:
+    """Likewise for the files among the weights that are searched, and an earlier run."""
+    if search.warm_start:
+        search = search.model_copy(update={"warm_start": absolute(search.warm_start)})
+    space = dict(search.space)
+    if "backbone.weights" in space:
+        space["backbone.weights"] = tuple(
+            entry.model_copy(
+                update={
+                    entry.kind: tuple(
+                        absolute(w) if is_weights_file(w) else w for w in entry.values
+                    )
+                }
+            )
+            for entry in space["backbone.weights"]
+        )
+    return search.model_copy(update={"space": space})

@@ -1,0 +1,115 @@
+"""What a trial leaves on its way: checkpoints to go on from, the best of them, and its figures.
+
+A checkpoint of the best epoch stays for the model, the newest ones for a trial that is broken off.
+Nothing goes before what takes its place is committed and spoken of.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from tlrunner.train.checkpoint import write_checkpoint
+from tlrunner.train.feed import Feed
+from tlrunner.train.loop import Loop
+from tlrunner.train.resume import training_state
+from tlrunner.train.reuse import Reuse
+from tlrunner.train.trial_dir import EpochReport, TrialDir
+
+LAST = 2  # newest checkpoints that are kept to go on from
+
+
+class Keeper:
+    """Of one trial; each of its workers has one, and the first of them the `record`.
+
+    Args:
+        record: the trial's directory; None if nothing is kept.
+        num_last: newest checkpoints that somebody needs even behind the trial's end.
+        goes_on: whether the trial is long enough to be gone on with where it was broken off.
+        elapsed: seconds of the trial so far.
+
+    Attributes:
+        best: the best epoch so far.
+    """
+
+    def __init__(
+        self,
+        record: TrialDir | None,
+        loop: Loop,
+        reuse: Reuse,
+        num_last: int,
+        *,
+        goes_on: bool,
+        elapsed: Callable[[], float],
+    ) -> None:
+        self.record, self.loop, self.reuse, self.num_last = record, loop, reuse, num_last
+        self.goes_on, self.elapsed = goes_on, elapsed
+        self.best = record.read().best if record else None
+        self.epoch = 0  # under way, from 0
+        self.kept_at = time.monotonic()
+
+    @property
+    def feed(self) -> Feed:
+        return self.reuse.feed
+
+    def is_due(self) -> bool:
+        is_late = time.monotonic() - self.kept_at >= self.feed.config.train.checkpoint_seconds
+        return self.record is not None and self.goes_on and is_late
+
+    def __call__(self, num_batches: int, totals: Sequence[float]) -> None:
+        """Keep a checkpoint within an epoch."""
+        if not self.record:
+            return
+        begun = {"num_batches": num_batches, "totals": list(totals)}
+        self._write(self.record, num_batches, {"epoch": self.epoch, "begun": begun}, True)
+        best = self.record.best_checkpoint(self.best) if self.best else None
+        self.record.keep_only(best, max(LAST, self.num_last))
+
+    def keep(self, finished: EpochReport) -> EpochReport:
+        """Keep and tell an epoch, whose report then names its checkpoint."""
+        is_best = self.best is None or finished.val_acc > self.best.val_acc
+        is_last = finished.epoch == self.feed.config.train.epochs
+        goes_on = bool(self.num_last) or (self.goes_on and not is_last)
+        if self.record and (is_best or goes_on):
+            figures = {"val_acc": finished.val_acc, "val_loss": finished.val_loss}
+            state: dict[str, object] = {"epoch": finished.epoch, **figures}
+            name = self._write(self.record, self.feed.num_steps, state, goes_on)
+            finished = replace(finished, checkpoint=name)
+        if is_best:
+            self.best = finished
+        if self.record and self.best:
+            self._tell(self.record, finished)
+            num_last = max(LAST, self.num_last) if goes_on else 0
+            self.record.keep_only(self.record.best_checkpoint(self.best), num_last)
+            if is_last:
+                self.end()
+        return finished
+
+    def end(self) -> None:
+        """Nothing goes on from here: of the best epoch the weights stay."""
+        if self.record and not self.num_last:
+            self.record.keep_weights()
+
+    def _write(
+        self, record: TrialDir, num_batches: int, state: dict[str, object], goes_on: bool
+    ) -> str:
+        """Commit a checkpoint behind so many batches of the epoch under way. Gives its name."""
+        tensors, numbers = training_state(self.loop) if goes_on else (None, {})
+        state |= {
+            "seconds": self.elapsed(),
+            "data_sha256": self.feed.dataset.manifest.sha256,
+            **numbers,
+        }
+        step = self.feed.num_steps * self.epoch + num_batches
+        trained = self.loop.trained_state()
+        directory = write_checkpoint(record.checkpoints, step, trained, state, tensors)
+        record.keep(directory)
+        self.kept_at = time.monotonic()
+        return directory.name
+
+    def _tell(self, record: TrialDir, finished: EpochReport) -> None:
+        """Save the figures of an epoch, and what a reader of them should know."""
+        if self.loop.has_statistics_apart:
+            record.note("BatchNorm statistics are of each worker's part of a batch")
+        for note in self.reuse.notes:
+            record.note(note)
+        record.append(finished)
