@@ -27,6 +27,10 @@ class Begun(NamedTuple):
     num_batches: int = 0
     totals: Sequence[float] = ()
 
+    @property
+    def num_images(self) -> int:
+        return int(self.totals[2]) if self.totals else 0
+
 
 NOT_BEGUN = Begun()
 

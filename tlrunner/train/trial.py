@@ -249,7 +249,7 @@ def _run_epoch(
         val_acc=validated.acc,
         val_loss=validated.loss,
         train_loss=trained.loss,
-        images_per_second=trained.seen / train_seconds,
+        images_per_second=(trained.seen - begun.num_images) / train_seconds,
         trainable_params=sum(p.numel() for p in parameters if p.requires_grad),
         total_params=sum(p.numel() for p in parameters),
         latency_seconds=0.0,
