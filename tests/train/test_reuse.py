@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from tlrunner.train.beside import Beside, Uses
 from tlrunner.train.demand import CutPlan, Price, demands, plan_chain, sharing_key, within
 from tlrunner.train.entries import layout_of
 from tlrunner.train.feed import which
-from tlrunner.train.reuse import Reuse
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
@@ -79,21 +78,6 @@ def run(folder: Path, tiny_trial: TrialConfig) -> Callable[..., list[EpochReport
         return reports
 
     return running
-
-
-@pytest.fixture
-def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of images of each group that was rendered to be kept."""
-    counts: list[int] = []
-    render = Reuse._rendered
-
-    def counting(self: Reuse, *arguments: Any) -> Iterator[torch.Tensor]:
-        for images_BHWC in render(self, *arguments):
-            counts.append(len(images_BHWC))
-            yield images_BHWC
-
-    monkeypatch.setattr(Reuse, "_rendered", counting)
-    return counts
 
 
 def losses(reports: list[EpochReport]) -> list[tuple[float, float, float]]:

@@ -1,6 +1,6 @@
 """A backbone's scores, from features that its search keeps or from images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +42,6 @@ def score(colour_images: Images) -> Score:
         return score_backbone(config, colour_images, Beside(trials, demands(trials)), num_images)
 
     return scoring
-
-
-@pytest.fixture
-def rendered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of images of each group that was rendered outside of training."""
-    counts: list[int] = []
-    render = Reuse._rendered
-
-    def counting(self: Reuse, *arguments: Any) -> Iterator[torch.Tensor]:
-        for images_BHWC in render(self, *arguments):
-            counts.append(len(images_BHWC))
-            yield images_BHWC
-
-    monkeypatch.setattr(Reuse, "_rendered", counting)
-    return counts
 
 
 def figures(scores: Scores) -> tuple[float, float, float]:

@@ -109,6 +109,8 @@ def test_a_ranking_leaves_backbones_out_and_is_done_once(
     assert "kept" in captured.out
     assert "squeezenet1_1 has no scores: " in captured.err
 
+    assert "rank.json" in json.loads((runs / "ranked" / "_SUCCESS").read_text())
+
     # A continued run has the same backbones, whatever a new ranking would say.
     (runs / "ranked" / "_SUCCESS").unlink()
     shutil.rmtree(runs / "ranked" / "trials" / rows[1]["trial_id"])

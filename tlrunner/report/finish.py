@@ -18,6 +18,7 @@ from tlrunner.report.rundir import SUCCESS, RunDir
 from tlrunner.report.summary import Judging, Status, leaderboard, leaderboard_csv, summarise
 from tlrunner.train.checkpoint import COMMIT, describe_file, verify_commit
 from tlrunner.train.export import export_model
+from tlrunner.tune.rank import RANK
 
 
 def finish_run(
@@ -62,14 +63,16 @@ def finish_run(
         run.place.save(run.path / name)
         run.place.check(name, sha256_text(text))
     if status == "ok":
-        _succeed(run, [*texts, f"best/{COMMIT}", "run.json"])
+        given = [name for name in ("run.json", RANK) if (run.path / name).exists()]
+        _succeed(run, [*texts, f"best/{COMMIT}"], given)
     return summary
 
 
-def _succeed(run: RunDir, vouched: list[str]) -> None:
-    facts = {name: describe_file(run.path / name) for name in vouched}
+def _succeed(run: RunDir, made: list[str], given: list[str]) -> None:
+    """Vouch for what was made and read back just now, and for what there was."""
+    facts = {name: describe_file(run.path / name) for name in (*made, *given)}
     if run.uri:  # what is local was hashed as it was read just now
-        copied = {"run.json": facts["run.json"], **_committed(run.path / "best")}
+        copied = {**{name: facts[name] for name in given}, **_committed(run.path / "best")}
         for name, fact in copied.items():
             run.place.check(name, fact["sha256"])
     write_json(run.path / SUCCESS, facts)
