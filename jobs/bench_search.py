@@ -12,19 +12,31 @@ second from its start to its end counts, and with a seed of its own. `--peer` is
 turns with ours, with half a minute of start-up that it does not count.
 
 Against a script of Ray Tune, Accelerate and ImageFolder with a process for each trial, on 800 of
-3,264 photos of flowers and 2 CPU cores without a GPU; one round each:
+3,264 photos of flowers and 2 CPU cores with AVX-512, without a GPU; the median of three rounds,
+its seconds, and the least and the most of all rounds:
 
-    8 trials of the head alone                         37.8 s to 307.6 s: 8.1 times (8.5 in another)
-    4 of the head, 2 with 6 layers frozen, 2 of all    182.7 s to 383.2 s: 2.1 times
-    2 of the head, 9, 8, 7 and 6 layers frozen         100.6 s to 266.3 s: 2.6 times
+    8 trials of the head alone                          19 s to 168 s: 8.8 times (7.6 to 9.3)
+    4 of the head, 2 with 6 layers frozen, 2 of all     64 s to 178 s: 2.9 times (2.8 to 3.4)
+    2 of the head, 9, 8, 7 and 6 layers frozen          29 s to 112 s: 3.9 times (2.9 to 4.0)
 
-Best accuracy was 0.894 each time, that of the script 0.80 to 0.86. Of the 38 s, 19 pass before an
-image is computed: 7 importing torch in the command, 5 for Ray to start, 7 for processes for trials
-to start and import it again. In 14 s the prefix computes 2,080 images. The six other trials take
-0.6 s.
+On slower cores with AVX2: 8.1, 2.1 and 2.6 times (38 s, 183 s and 101 s), before what is kept was
+decided for all cuts together, which took the last from 42 s to 29 s here. Mean best accuracy was
+0.90 to 0.92, that of the script 0.80 to 0.87. 64 learning rates and decays take 1.16 times the time
+of 8. As work grows, in seconds:
+
+    images          500    1,000    3,000
+      1 trial      14.9     18.2     32.7
+      8 trials     14.9     16.1     26.0
+    100 trials     19.1     21.1     31.1
+
+Of the 16 s that 8 trials take on a quiet machine, 9 pass before an image is computed: 2.5 importing
+torch in the command, 3.5 for Ray to start, 3 for processes for trials to start and import it again.
+The prefix computes 2,080 images in 4 s, and Ray takes 1.4 s to end.
 
 What did not help: Ray started by a thread while the command imports (2 s less; the thread has to
-live as long as Ray), Ray's `preload_python_modules`, one trial at a time with both cores.
+live as long as Ray), Ray's `preload_python_modules`, processes warmed by a task (an actor takes
+none that ran one), one trial at a time with both cores. BatchNorm folded into convolutions makes
+the prefix 1.55 times as fast, and not the same to the bit.
 """
 
 import argparse
