@@ -82,6 +82,14 @@ def claimable(file: ActivationFile) -> list[int]:
     return [chunk for chunk in map(int, free) if not file.has(chunk)]
 
 
+def gave(node: Node, exchange: Exchange) -> tuple[ActivationFile, ActivationFile]:
+    """The file of a node that gave all of it, and that of another, empty."""
+    one, other = node("one"), node("other")
+    fill(one)
+    exchange.give(one)
+    return one, other
+
+
 def there(file: ActivationFile) -> list[int]:
     return [chunk for chunk in range(file.num_chunks) if file.has(chunk)]
 
@@ -104,9 +112,7 @@ def test_what_one_node_gives_another_takes(node: Node, exchange: Exchange) -> No
 def test_only_what_is_missing_and_nobody_computes_is_read(
     node: Node, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other = node("one"), node("other")
-    fill(one)
-    exchange.give(one)
+    one, other = gave(node, exchange)
     fill(other, 0, 1, 2)
     read: list[int] = []
     real = Exchange._read
@@ -125,9 +131,7 @@ def test_only_what_is_missing_and_nobody_computes_is_read(
 def test_what_changed_on_the_way_is_not_taken(
     node: Node, exchange: Exchange, tmp_path: Path
 ) -> None:
-    one, other = node("one"), node("other")
-    fill(one)
-    exchange.give(one)
+    _, other = gave(node, exchange)
     (given,) = (tmp_path / "shared").iterdir()
     content = bytearray(given.read_bytes())
     content[CHUNK * ENTRY_BYTES + 3] ^= 1
@@ -140,9 +144,7 @@ def test_what_changed_on_the_way_is_not_taken(
 def test_a_file_of_another_size_is_not_taken(
     node: Node, exchange: Exchange, tmp_path: Path
 ) -> None:
-    one, other = node("one"), node("other")
-    fill(one)
-    exchange.give(one)
+    _, other = gave(node, exchange)
     (given,) = (tmp_path / "shared").iterdir()
     given.write_bytes(given.read_bytes()[:-8])
     exchange.take(other, other.num_chunks)
@@ -152,9 +154,7 @@ def test_a_file_of_another_size_is_not_taken(
 def test_a_store_that_fails_is_left_alone_and_gives_back_what_was_claimed(
     node: Node, exchange: Exchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other = node("one"), node("other")
-    fill(one)
-    exchange.give(one)
+    _, other = gave(node, exchange)
     real, calls = Exchange._read, []
 
     def failing(self: Exchange, file: ActivationFile, start: int, stop: int) -> np.ndarray:

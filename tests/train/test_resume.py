@@ -136,23 +136,21 @@ def test_a_trial_that_dies_in_any_step_goes_on_to_the_same_end(
         run_trial(config, told.append, trial_dir=whole.path, images=colour_images)
     seen = seen_by(monkeypatch, list(steps))
     again: list[EpochReport] = []
+
+    def go_on() -> None:
+        run_trial(
+            config,
+            again.append,
+            trial_dir=parts.path,
+            images=colour_images,
+            resume_from=parts.to_go_on_from(),
+        )
+
     for _ in steps:
         with pytest.raises(StoppedError):
-            run_trial(
-                config,
-                again.append,
-                trial_dir=parts.path,
-                images=colour_images,
-                resume_from=parts.to_go_on_from(),
-            )
+            go_on()
     assert len(list(parts.checkpoints.iterdir())) <= 3, "the best and the last two"
-    run_trial(
-        config,
-        again.append,
-        trial_dir=parts.path,
-        images=colour_images,
-        resume_from=parts.to_go_on_from(),
-    )
+    go_on()
     assert seen == expected, "each batch once, whatever happened"
     assert figures(again) == figures(told) == figures(list(parts.read().epochs))
     one, other = (

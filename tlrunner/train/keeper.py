@@ -78,10 +78,11 @@ class Keeper:
             self.best = finished
         if self.record and self.best:
             self._tell(self.record, finished)
-            num_last = max(LAST, self.num_last) if goes_on else 0
-            self.record.keep_only(self.record.best_checkpoint(self.best), num_last)
-            if is_last:
-                self.end()
+            if is_last and not self.num_last:
+                self.record.keep_weights()
+            else:
+                num_last = max(LAST, self.num_last) if goes_on else 0
+                self.record.keep_only(self.record.best_checkpoint(self.best), num_last)
         return finished
 
     def end(self) -> None:

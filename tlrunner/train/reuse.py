@@ -237,8 +237,10 @@ class Reuse:
 
     def _take(self, tiers: Sequence[Tier], num_chunks: int) -> None:
         """What other nodes have computed: values of the last tier, or else of those below."""
+        if self.exchange is None:
+            return
         for tier in reversed(tiers):
-            if self.exchange and not tier.has_first(num_chunks):
+            if not tier.has_first(num_chunks):
                 self.exchange.take(tier.file, num_chunks)
             if tier.has_first(num_chunks):
                 return
