@@ -31,6 +31,7 @@ from rich.console import Console
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import JobConfig
+from tlrunner.signals import Halt
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import Place
@@ -97,7 +98,7 @@ def _plain(job: JobConfig, num_trials: int, directory: Path, out: Console) -> No
 
 def _ours(job: JobConfig, num_trials: int, directory: Path, out: Console) -> None:
     run = Place(directory)
-    search = Search(job, num_trials, time.monotonic(), run, Images("", ""))
+    search = Search(job, num_trials, time.monotonic(), run, Images("", ""), Halt())
     samples: list[tuple[int, float]] = []
     done = threading.Event()
     watching = threading.Thread(target=_watch, args=(run.path / "trials", samples, done))

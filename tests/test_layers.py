@@ -20,6 +20,7 @@ RANKS = [
         "jobconfig",
         "uris",
         "machine",
+        "signals",
         "paths",
     },
     {"data", "model"},

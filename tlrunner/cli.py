@@ -21,6 +21,7 @@ from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import LogConfig, PrepareJob
 from tlrunner.machine import importing
 from tlrunner.section import Section
+from tlrunner.signals import interrupted
 
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
 
@@ -92,7 +93,7 @@ def at_the_border(run: Callable[[], int]) -> int:
     A bug's traceback is shown as well: who sees it is to report it.
     """
     _log_to_terminal("info")
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, interrupted)
     try:
         return run()
     except TlrunnerError as err:
@@ -212,8 +213,3 @@ def _log_to_terminal(level: str) -> None:
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
     log.propagate = False
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    """SIGTERM, as Kubernetes and `ray job stop` send it, ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt

@@ -185,6 +185,8 @@ class TrainConfig(Section):
     checkpoint_seconds: float = Field(300.0, gt=0, le=1e8)
     """Seconds of an epoch between checkpoints that a trial can go on from; there is one at the end
     of each epoch, too."""
+    stall_seconds: float = Field(1800.0, gt=0, le=1e8)
+    """Seconds without a step, after which a trial's process ends, to go on in a new one."""
     channels_last: bool = True
     """Store tensors in NHWC order, which convolutions are faster in."""
     compile: bool = False

@@ -36,7 +36,8 @@ NOT_HASHED: dict[str, Any] = {
     "resources": True,
     "data": {"cache_dir": True, "num_workers": True, "cache_bytes": True},
     "reuse": {"uri": True},
-    "train": {"checkpoint_seconds": True},
+    "train": {"checkpoint_seconds": True, "stall_seconds": True},
+    "search": {"max_failures": True},
 }
 _UNION_MEMBER = re.compile(r"(?<=gpus_per_worker)\.(int|float)$")  # which pydantic names as well
 

@@ -66,6 +66,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """One more line, on the disk when this returns; what a kill left of a line gives way to it.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    try:
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(f"{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as err:
+        raise cannot_write(path, err) from err
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that end; none if there is no file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
 def read_json(path: Path) -> Any:
     """Parsed JSON of a file that tlrunner wrote.
 

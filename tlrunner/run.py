@@ -37,6 +37,7 @@ from tlrunner.report.rundir import (
 from tlrunner.report.summary import Judging
 from tlrunner.screen import preparing, show_summary
 from tlrunner.searchconfig import BudgetConfig, SearchConfig
+from tlrunner.signals import halting
 from tlrunner.train.feed import settle_decoded_cache, settle_streaming, split_data, which
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialRecord
@@ -90,23 +91,25 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
             job, images = _prepared(job, run, [t.config for t in trials], out)
             # A population is trained together or not at all.
             anew = job.search.scheduler == "pbt"
-            goes_on = job.search.scheduler != "hyperband" and job.search.algorithm != "tpe"
+            goes_on = job.search.algorithm != "tpe"
             run, ended = held.enter_context(
                 _begun(run, job, images, out, anew=anew, goes_on=goes_on)
             )
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
-            search = Search(
-                job=job,
-                num_trials=count_trials(job, trials),
-                started=started,
-                run=run.place,
-                images=which(images),
-                ended=ended,
-                earlier=earlier,
-            )
             try:
-                run_search(search, out)
+                with halting() as is_halted:
+                    search = Search(
+                        job=job,
+                        num_trials=count_trials(job, trials),
+                        started=started,
+                        run=run.place,
+                        images=which(images),
+                        is_halted=is_halted,
+                        ended=ended,
+                        earlier=earlier,
+                    )
+                    run_search(search, out)
             except KeyboardInterrupt:
                 interrupted = True
         repeats_of = job.train.seed if job.search.final_repeats else None
@@ -147,13 +150,16 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         directory = run.trial(planned.trial_id)
         try:
             if not ended:  # else only the end is missing
-                run_trial(
-                    planned.config,
-                    show,
-                    trial_dir=directory.place,
-                    images=which(images),
-                    resume_from=directory.to_go_on_from(),
-                )
+                with halting() as is_halted:
+                    result = run_trial(
+                        planned.config,
+                        show,
+                        trial_dir=directory.place,
+                        images=which(images),
+                        resume_from=directory.to_go_on_from(),
+                        is_halted=is_halted,
+                    )
+                interrupted = result.state == "interrupted"
         except KeyboardInterrupt:
             interrupted = True
         except TlrunnerError:

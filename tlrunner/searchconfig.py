@@ -140,6 +140,9 @@ class SearchConfig(Section):
     """How many configurations are repeated: 3 where nothing is said."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """None: as many as the resources allow."""
+    max_failures: int = Field(3, ge=0, le=1000)
+    """Errors of a trial behind which it goes on from its checkpoint; the same error behind the same
+    checkpoint ends it. A process or a node that dies is no error of the trial."""
     seed: int | None = Field(None, ge=0, lt=2**31)
     """`random`, `tpe`: of the points that are drawn; the seed of a trial is `train.seed`."""
 

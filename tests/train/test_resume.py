@@ -14,6 +14,7 @@ from tlrunner.data.loader import Batch
 from tlrunner.errors import ResourceError, StorageError
 from tlrunner.train import loop as loop_module
 from tlrunner.train import trial as trial_module
+from tlrunner.train.between import Due
 from tlrunner.train.checkpoint import read_checkpoint
 from tlrunner.train.images import Images
 from tlrunner.train.keeper import Keeper
@@ -97,7 +98,7 @@ def test_a_trial_continued_behind_any_epoch_ends_bit_for_bit_the_same(
 @pytest.fixture
 def _checkpoints_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "LOOK_STEPS", 1)
-    monkeypatch.setattr(Keeper, "is_due", lambda keeper: keeper.record is not None)
+    monkeypatch.setattr(Keeper, "due", lambda keeper: Due.CHECKPOINT)
 
 
 def seen_by(monkeypatch: pytest.MonkeyPatch, dies_in_steps: list[int]) -> list[list[int]]:
@@ -316,7 +317,7 @@ def test_the_memory_check_leaves_no_trace(tiny_trial: TrialConfig, colour_images
 
     values = {**CASES["sgd"], "head.dropout": 0.0}
     config = with_values(tiny_trial, values)
-    loop, _, _ = trial_module.build(config, colour_images, World(), Beside([config]))
+    loop, *_ = trial_module.build(config, colour_images, World(), Beside([config]))
     before = {name: t.clone() for name, t in loop.classifier.state_dict().items()}
     random = torch.get_rng_state()
     full = levels(config.freeze, len(loop.classifier.stages.names), 3)

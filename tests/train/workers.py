@@ -15,6 +15,7 @@ from tlrunner.configfile import with_values
 from tlrunner.data.world import World
 from tlrunner.files import read_json, write_json
 from tlrunner.train import loop as loop_module
+from tlrunner.train.between import Due
 from tlrunner.train.images import Images
 from tlrunner.train.keeper import Keeper
 from tlrunner.train.loop import Loop
@@ -107,7 +108,7 @@ def _part(
     resume_from = TrialDir(directory).to_go_on_from()  # before the first worker writes
     _join(rank, size, rendezvous)
     loop_module.LOOK_STEPS = 1
-    Keeper.is_due = lambda keeper: keeper.record is not None  # type: ignore[method-assign]
+    Keeper.due = lambda keeper: Due.CHECKPOINT  # type: ignore[method-assign]
     step, count = Loop._step, 0
 
     def stepping(*arguments: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.errors import StorageError
 from tlrunner.jobconfig import JobConfig
+from tlrunner.signals import Halt
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import TrialDir
 from tlrunner.tune.progress import Progress
@@ -36,7 +37,7 @@ class Search:
     def __init__(self, tree: dict[str, Any], path: Path, write_trial: WriteTrial) -> None:
         self.job = validate(JobConfig, tree)
         self.console = Console(file=io.StringIO(), width=200)
-        self.progress = Progress(self.job, Place(path), 1, self.console)
+        self.progress = Progress(self.job, Place(path), 1, self.console, Halt())
         self.trial = RayTrial()
         self.planned = trial_at(self.job, 0, self.trial.config["trial"]["point"])
         self.directory = TrialDir(path / self.planned.trial_id)

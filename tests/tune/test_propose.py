@@ -12,6 +12,7 @@ from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.jobconfig import JobConfig
 from tlrunner.searchconfig import Distribution
+from tlrunner.signals import Halt
 from tlrunner.train.images import Images
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialRecord
@@ -84,7 +85,7 @@ def test_a_continued_search_over_seeds_remembers_trials_of_all_of_them(
     given: list[OptunaPoints] = []
     monkeypatch.setattr(search, "_run", lambda search, points, *others: given.append(points))
     ended = [record_of(0, config, 0.5)]
-    begun = search.Search(job, 6, 0.0, Place(tmp_path), Images("", ""), ended)
+    begun = search.Search(job, 6, 0.0, Place(tmp_path), Images("", ""), Halt(), ended)
     search.run_search(begun, Console())
     assert config.train.seed != job.train.seed
     assert [points.num_learnt for points in given] == [1]

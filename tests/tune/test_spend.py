@@ -8,6 +8,7 @@ from ray.tune.experiment import Trial
 
 from tlrunner.configfile import validate
 from tlrunner.jobconfig import JobConfig
+from tlrunner.signals import Halt
 from tlrunner.tune import spend
 from tlrunner.tune.plan import Machine
 from tlrunner.tune.spend import Over, Spending
@@ -54,7 +55,7 @@ def test_a_search_is_over_when_its_budget_is_spent_and_not_before(
     clock: Clock, budget: dict[str, Any], resources: dict[str, Any], seconds: float
 ) -> None:
     spending = spending_of({"budget": budget}, resources)
-    over = Over(spending, None)
+    over = Over(spending, None, Halt(), None)
     step(spending, clock, 0, RUNNING, RUNNING)
     step(spending, clock, seconds - 0.5, RUNNING, RUNNING, PENDING, ENDED)
     assert not over.stop_all()
@@ -98,6 +99,6 @@ def test_a_place_is_taken_once(clock: Clock) -> None:
 
 
 def test_a_trial_ends_at_the_most_epochs_it_may_have(clock: Clock) -> None:
-    over = Over(spending_of({}, {}), 3)
+    over = Over(spending_of({}, {}), 3, Halt(), None)
     assert [over("id", {"epoch": epoch}) for epoch in (1, 2, 3)] == [False, False, True]
-    assert not Over(spending_of({}, {}), None)("id", {"epoch": 99})
+    assert not Over(spending_of({}, {}), None, Halt(), None)("id", {"epoch": 99})

@@ -41,12 +41,14 @@ def fill(
     rows_N: Rows,
     render: Callable[[Iterable[Rows]], Iterator[Tensor]],
     num_chunks: int,
+    beat: Callable[[], object] = lambda: None,
 ) -> None:
     """Fill the first chunks of the last tier; they are there when this returns.
 
     Args:
         rows_N: the row of each entry.
         render: groups of rows -> their images.
+        beat: called for each chunk, made here or elsewhere.
 
     Raises:
         StorageError: the disk does not take it.
@@ -57,6 +59,7 @@ def fill(
 
     def claims(wait: bool, among: Callable[[int], bool]) -> Iterator[int]:
         for chunk in range(num_chunks):
+            beat()
             if among(chunk) and top.claim(chunk, wait=wait):
                 claimed.append(chunk)
                 yield chunk

@@ -5,9 +5,11 @@ Nothing goes before what takes its place is committed and spoken of.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from tlrunner.train.attempts import note_attempt
+from tlrunner.train.between import Due, HaltedError
 from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.feed import Feed
 from tlrunner.train.loop import Loop
@@ -23,9 +25,11 @@ class Keeper:
 
     Args:
         record: the trial's directory; None if nothing is kept.
+        origin: hashes of what the trial has from elsewhere, its images and pretrained weights.
         num_last: newest checkpoints that somebody needs even behind the trial's end.
         goes_on: whether the trial is long enough to be gone on with where it was broken off.
         elapsed: seconds of the trial so far.
+        is_halted: whether the trial was asked to halt.
 
     Attributes:
         best: the best epoch so far.
@@ -38,11 +42,14 @@ class Keeper:
         reuse: Reuse,
         num_last: int,
         *,
+        origin: Mapping[str, str | None],
         goes_on: bool,
         elapsed: Callable[[], float],
+        is_halted: Callable[[], bool],
     ) -> None:
         self.record, self.loop, self.reuse, self.num_last = record, loop, reuse, num_last
-        self.goes_on, self.elapsed = goes_on, elapsed
+        self.origin = origin
+        self.goes_on, self.elapsed, self.is_halted = goes_on, elapsed, is_halted
         self.best = record.read().best if record else None
         self.epoch = 0  # under way, from 0
         self.kept_at = time.monotonic()
@@ -51,18 +58,24 @@ class Keeper:
     def feed(self) -> Feed:
         return self.reuse.feed
 
-    def is_due(self) -> bool:
+    def due(self) -> Due:
+        if self.is_halted():
+            return Due.HALT
         is_late = time.monotonic() - self.kept_at >= self.feed.config.train.checkpoint_seconds
-        return self.record is not None and self.goes_on and is_late
+        return Due.CHECKPOINT if self.record and self.goes_on and is_late else Due.NOTHING
 
-    def __call__(self, num_batches: int, totals: Sequence[float]) -> None:
+    def __call__(self, due: Due, num_batches: int, totals: Sequence[float]) -> None:
         """Keep a checkpoint within an epoch."""
-        if not self.record:
-            return
-        begun = {"num_batches": num_batches, "totals": list(totals)}
-        self._write(self.record, num_batches, {"epoch": self.epoch, "begun": begun}, True)
-        best = self.record.best_checkpoint(self.best) if self.best else None
-        self.record.keep_only(best, max(LAST, self.num_last))
+        if self.record:
+            begun = {"num_batches": num_batches, "totals": list(totals)}
+            self._write(self.record, num_batches, {"epoch": self.epoch, "begun": begun}, True)
+            best = self.record.best_checkpoint(self.best) if self.best else None
+            self.record.keep_only(best, max(LAST, self.num_last))
+        if due == Due.HALT:
+            if self.record:
+                step = self.feed.num_steps * self.epoch + num_batches
+                note_attempt(self.record.place, "halted", step)
+            raise HaltedError
 
     def keep(self, finished: EpochReport) -> EpochReport:
         """Keep and tell an epoch, whose report then names its checkpoint."""
@@ -97,7 +110,7 @@ class Keeper:
         tensors, numbers = training_state(self.loop) if goes_on else (None, {})
         state |= {
             "seconds": self.elapsed(),
-            "data_sha256": self.feed.dataset.manifest.sha256,
+            **self.origin,
             **numbers,
         }
         step = self.feed.num_steps * self.epoch + num_batches

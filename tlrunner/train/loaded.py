@@ -13,6 +13,7 @@ from tlrunner.config import Preprocess, TrialConfig
 from tlrunner.data.fetch import fetch
 from tlrunner.model.backbones import Backbone, build_backbone
 from tlrunner.model.classifier import Classifier, with_head
+from tlrunner.model.weights import fingerprint_state
 from tlrunner.train.warm import Warm
 from tlrunner.uris import is_weights_file
 
@@ -23,11 +24,13 @@ class Loaded:
 
     Attributes:
         pristine: its tensors as they were loaded; none if it serves a single trial.
+        weights_sha256: of those that were pretrained; None if none were, or it serves a single one.
         warm: what was found out about it, and holds as long as it is kept.
     """
 
     backbone: Backbone
     pristine: dict[str, Tensor]
+    weights_sha256: str | None
     warm: Warm
 
     @torch.no_grad()
@@ -76,4 +79,8 @@ def _load(config: TrialConfig, *, is_kept: bool) -> Loaded:
     file = fetch(weights, config.data.cache_dir, sha256) if is_weights_file(weights) else None
     backbone = build_backbone(config.backbone, config.head, config.data.image_size, file)
     state = backbone.module.state_dict() if is_kept else {}
-    return Loaded(backbone, {name: tensor.clone() for name, tensor in state.items()}, Warm())
+    pristine = {name: tensor.clone() for name, tensor in state.items()}
+    is_pretrained = is_kept and weights != "none"
+    return Loaded(
+        backbone, pristine, fingerprint_state(pristine) if is_pretrained else None, Warm()
+    )

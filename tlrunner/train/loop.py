@@ -4,10 +4,11 @@ A global batch is one optimizer step, whatever number of micro-batches it is com
 micro-batch adds its summed loss over the size of the global batch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from tlrunner.data.normalise import level_table, normalised
 from tlrunner.model.classifier import Classifier
 from tlrunner.model.freeze import Level
 from tlrunner.model.split import Split
+from tlrunner.train.between import Between, Due
 from tlrunner.train.ema import Ema
 from tlrunner.train.metrics import NOT_BEGUN, Begun, Metrics, Sums
 from tlrunner.train.optim import (
@@ -30,8 +32,10 @@ from tlrunner.train.optim import (
     schedule_factor,
     set_learning_rate,
 )
+from tlrunner.train.watchdog import Watchdog
 
-LOOK_STEPS = 16  # losses are looked at this often: each look waits for the device
+LOOK_STEPS = 16  # at most between two looks at the losses, each of which waits for the device
+LOOK_SECONDS = 1.0  # likewise, of steps that take long
 
 
 class DivergedError(Exception):
@@ -40,16 +44,6 @@ class DivergedError(Exception):
     def __init__(self, step: int) -> None:
         super().__init__(f"non-finite loss at step {step}")
         self.step = step
-
-
-class Between(Protocol):
-    """What is done between steps of an epoch, now and then."""
-
-    def is_due(self) -> bool:
-        """Whether it is time for it; the first worker is asked."""
-
-    def __call__(self, num_batches: int, totals: Sequence[float]) -> None:
-        """Called by all workers behind so many batches of an epoch, with sums over them."""
 
 
 class Loop:
@@ -77,6 +71,8 @@ class Loop:
         self.model = classifier if self.is_shared else accelerator.prepare_model(classifier)
         self.optimizer: AcceleratedOptimizer | None = None
         self.ema: Ema | None = None
+        self.look_steps = 1  # until it is known what a step takes
+        self.watchdog = Watchdog(train.stall_seconds)
 
     @property
     def _is_first(self) -> bool:
@@ -126,29 +122,49 @@ class Loop:
 
         Raises:
             DivergedError: a loss was not finite.
+            HaltedError: the trial was asked to halt.
         """
         assert self.optimizer is not None, "no phase entered"
         self.model.train()
         sums = Sums(self.accelerator.device, begun.totals if self._is_first else ())
         losses: list[Tensor] = []
-        for index, batch in enumerate(batches, start=begun.num_batches):
+        looked_at = time.monotonic()
+        for index, batch in enumerate(self.watchdog.over(batches), start=begun.num_batches):
             moment = epoch + (index + 0.5) / num_batches
             set_learning_rate(
                 self.optimizer, schedule_factor(self.optim, moment, self.train.epochs)
             )
             losses.append(self._step(self.optimizer, batch, sums))
             is_last = index + 1 == num_batches
-            if len(losses) == LOOK_STEPS or is_last:
-                is_due = between is not None and self._is_first and not is_last and between.is_due()
-                looked = torch.stack([*losses, torch.full_like(losses[0], float(is_due))])
-                looked = self._over_workers(looked)  # so that all of them diverge, or none
-                check_finite(looked[:-1], first_step=epoch * num_batches + index + 2 - len(losses))
+            if len(losses) >= self.look_steps or is_last:
+                first_step = epoch * num_batches + index + 2 - len(losses)
+                due = self._look(losses, first_step, None if is_last else between, looked_at)
                 losses.clear()
-                if between and looked[-1].item():
+                looked_at = time.monotonic()
+                if between and due:
                     self._average_statistics()  # which comes to the same when done once more
-                    between(index + 1, self._over_workers(sums.totals).tolist())
+                    between(due, index + 1, self._over_workers(sums.totals).tolist())
         self._average_statistics()
         return sums.metrics(self._over_workers)
+
+    def _look(
+        self, losses: list[Tensor], first_step: int, between: Between | None, looked_at: float
+    ) -> Due:
+        """Check the latest losses, and agree with all workers on what is due and when to look next.
+
+        Raises:
+            DivergedError: a loss was not finite.
+        """
+        due, steps = Due.NOTHING, 0
+        if self._is_first:
+            per_step = (time.monotonic() - looked_at) / len(losses)
+            steps = max(1, min(LOOK_STEPS, int(LOOK_SECONDS / max(per_step, 1e-9))))
+            due = between.due() if between else due
+        told = torch.tensor([due, steps], dtype=losses[0].dtype, device=losses[0].device)
+        looked = self._over_workers(torch.cat([torch.stack(losses), told]))
+        check_finite(looked[:-2], first_step)
+        due, self.look_steps = Due(int(looked[-2])), int(looked[-1])
+        return due
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Metrics:
@@ -156,7 +172,7 @@ class Loop:
         self.classifier.eval()
         sums = Sums(self.accelerator.device)
         with self.ema.swapped_in() if self.ema else nullcontext():
-            for batch in batches:
+            for batch in self.watchdog.over(batches):
                 logits_BK = self._logits(self.classifier, batch)
                 loss, correct = mixed_loss(logits_BK, batch, label_smoothing=0.0)
                 sums.add(correct, loss, int(batch.mask_B.sum()))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlrunner.errors import DataError, StorageError
 from tlrunner.files import read_json
 from tlrunner.train.checkpoint import COMMIT, STATE, read_checkpoint, read_training_state
 from tlrunner.train.loop import Loop
@@ -43,6 +44,31 @@ class Resumed:
     @property
     def seconds(self) -> float:
         return float(self.numbers["seconds"])
+
+    @property
+    def step(self) -> int:
+        return int(self.numbers["step"])
+
+    def check_origin(self, origin: Mapping[str, str | None], backbone: str) -> None:
+        """Check that what the trial has from elsewhere is what it was begun with.
+
+        Raises:
+            DataError: the images are others.
+            StorageError: the pretrained weights are.
+        """
+        if self.numbers["data_sha256"] != origin["data_sha256"]:
+            raise DataError(
+                "the images changed since the trial was begun",
+                f"those with SHA-256 {self.numbers['data_sha256']} of their manifest",
+                "choose another --name",
+            )
+        if self.numbers["weights_sha256"] != origin["weights_sha256"]:
+            raise StorageError(
+                f"the weights of backbone {backbone} changed since the trial was begun (SHA-256 of "
+                f"their tensors {origin['weights_sha256']})",
+                str(self.numbers["weights_sha256"]),
+                "restore the file they come from, or choose another --name",
+            )
 
 
 def read_resumable(checkpoint: Place) -> Resumed:

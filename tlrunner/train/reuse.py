@@ -219,12 +219,15 @@ class Reuse:
             self._take(tiers, num_chunks)
             if not tiers[-1].has_first(num_chunks):
                 self.loop.classifier.eval()
-                fill(
-                    tiers,
-                    rows_N,
-                    lambda groups: self._rendered(groups, transform, view),
-                    num_chunks,
-                )
+                watchdog = self.loop.watchdog
+                with watchdog.watching():
+                    fill(
+                        tiers,
+                        rows_N,
+                        lambda groups: self._rendered(groups, transform, view),
+                        num_chunks,
+                        watchdog.beat,
+                    )
             self._give(tiers)
         except StorageError as err:
             log.warning("nothing frozen is reused any more: %s", err)

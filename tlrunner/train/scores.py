@@ -50,7 +50,7 @@ def score_backbone(config: TrialConfig, images: Images, beside: Beside, num_imag
     )
     demand = beside.demands.get(sharing_key(config), {}) if is_pooled else {}
     among = Beside([alone], {sharing_key(alone): demand}, beside.warm)
-    loop, reuse, _ = build(alone, images, World(), among)
+    loop, reuse, *_ = build(alone, images, World(), among)
     loop.classifier.eval()
     reuse.enter(levels(alone.freeze, len(loop.classifier.stages.names), 0))
     train_ND, labels_N = reuse.sample_train(num_images)

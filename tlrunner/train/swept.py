@@ -64,9 +64,8 @@ class Swept:
         device = reuse.loop.accelerator.device
         totals_2G = torch.zeros(2, num_members, dtype=torch.float64, device=device)
         losses, seen = [], 0
-        for step, batches in enumerate(
-            zip(*(reuse.train(epoch, feed) for feed in feeds), strict=True)
-        ):
+        of_feeds = zip(*(reuse.train(epoch, feed) for feed in feeds), strict=True)
+        for step, batches in enumerate(reuse.loop.watchdog.over(of_feeds)):
             features, is_own = [_features(batch, reuse) for batch in batches], len(batches) > 1
             labels = [batch.labels_B.to(device) for batch in batches]
             loss_G, correct_G = self.heads.step(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,9 @@ from tlrunner.data.order import Splits
 from tlrunner.data.world import World
 from tlrunner.errors import ResourceError
 from tlrunner.model.freeze import Level, check, levels, phase_starts
+from tlrunner.train.attempts import note_attempt
 from tlrunner.train.beside import Beside
+from tlrunner.train.between import HaltedError
 from tlrunner.train.demand import demand_of
 from tlrunner.train.device import build_accelerator
 from tlrunner.train.feed import Feed, open_data, use_decoded_cache
@@ -49,6 +52,18 @@ class TrialResult:
     detail: str = ""
 
 
+class Built(NamedTuple):
+    """What trains, what it is fed with, the model's latency in seconds, its weights as they came.
+
+    `weights_sha256`: None where nothing was pretrained.
+    """
+
+    loop: Loop
+    reuse: Reuse
+    latency: float
+    weights_sha256: str | None
+
+
 def run_trial(
     config: TrialConfig,
     report: Callable[[EpochReport], object] = print,
@@ -60,6 +75,7 @@ def run_trial(
     num_last: int = 0,
     notes: tuple[str, ...] = (),
     beside: Beside | None = None,
+    is_halted: Callable[[], bool] = lambda: False,
 ) -> TrialResult:
     """Fine-tune one configuration.
 
@@ -75,6 +91,8 @@ def run_trial(
         num_last: checkpoints of the newest epochs that are kept so, beside that of the best epoch.
         notes: what a reader of the trial's figures should know.
         beside: the other trials of its search, and what this process keeps for them.
+        is_halted: asked between steps; once true, the trial leaves a checkpoint and ends as
+            interrupted.
 
     Raises:
         ConfigError, DataError, ResourceError, StorageError: see each layer.
@@ -82,7 +100,15 @@ def run_trial(
     """
     beside = beside or Beside([config])
     attempt = partial(
-        _run, once_each(report), trial_dir, images, world, resume_from, num_last, beside
+        _run,
+        once_each(report),
+        trial_dir,
+        images,
+        world,
+        resume_from,
+        num_last,
+        beside,
+        is_halted,
     )
     try:
         return attempt(notes, config)
@@ -143,6 +169,7 @@ def _run(
     resume_from: Place | None,
     num_last: int,
     beside: Beside,
+    is_halted: Callable[[], bool],
     notes: tuple[str, ...],
     config: TrialConfig,
 ) -> TrialResult:
@@ -151,17 +178,22 @@ def _run(
     first_epoch, seconds_before = (resumed.epoch, resumed.seconds) if resumed else (0, 0.0)
     record = TrialDir(trial_dir) if trial_dir and world.rank == 0 else None
     if record:
-        record.begin(config, notes, after_epoch=first_epoch)
+        first_step = resumed.step if resumed else 0
+        record.begin(config, notes, after_epoch=first_epoch, after_step=first_step)
 
     # -- Data, model, freezing, reuse --------------------------------------------------------------
-    loop, reuse, latency = build(config, images, world, beside)
+    loop, reuse, latency, weights_sha256 = build(config, images, world, beside)
     feed, num_stages = reuse.feed, len(loop.classifier.stages.names)
+    origin = {"data_sha256": feed.dataset.manifest.sha256, "weights_sha256": weights_sha256}
+    if record:
+        loop.watchdog.tell = partial(note_attempt, record.place, "stalled", first_step)
     phases = phase_starts(config.freeze, num_stages, config.train.epochs)
     if loop.accelerator.device.type == "cuda":
         last_levels = levels(config.freeze, num_stages, phases[-1])
         check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
     begun = resumed.begun if resumed else NOT_BEGUN
     if resumed:  # in the phase that it was broken off in
+        resumed.check_origin(origin, config.backbone.name)
         epoch = first_epoch if begun.num_batches else first_epoch - 1
         _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         load_training_state(loop, resumed)
@@ -171,9 +203,20 @@ def _run(
         return seconds_before + time.monotonic() - started
 
     # -- Epochs ----------------------------------------------------------------------------------
-    keeper = Keeper(record, loop, reuse, num_last, goes_on=not sweep, elapsed=elapsed)
+    keeper = Keeper(
+        record,
+        loop,
+        reuse,
+        num_last,
+        origin=origin,
+        goes_on=not sweep,
+        elapsed=elapsed,
+        is_halted=is_halted,
+    )
     for epoch in range(first_epoch, config.train.epochs):
         keeper.epoch = epoch
+        if sweep and is_halted():
+            return TrialResult("interrupted", keeper.best)
         if epoch in phases and not begun.num_batches:
             _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         try:
@@ -183,16 +226,16 @@ def _run(
                 record.end("diverged", str(err))
                 keeper.end()
             return TrialResult("diverged", keeper.best, str(err))
+        except HaltedError:
+            return TrialResult("interrupted", keeper.best)
         begun = NOT_BEGUN
         finished = replace(finished, latency_seconds=latency, seconds=elapsed())
         report(keeper.keep(finished))
     return TrialResult("completed", keeper.best)
 
 
-def build(
-    config: TrialConfig, images: Images | None, world: World, beside: Beside
-) -> tuple[Loop, Reuse, float]:
-    """What trains, what it is fed with, and the model's latency in seconds."""
+def build(config: TrialConfig, images: Images | None, world: World, beside: Beside) -> Built:
+    """What a trial trains, and what it trains with."""
     accelerator = build_accelerator(config)
     warm, on_gpu = beside.warm, accelerator.device.type == "cuda"
     loaded = load_backbone(config, warm)
@@ -217,7 +260,7 @@ def build(
         repr([config.head, accelerator.device, config.train.mixed_precision]),
         lambda: latency_seconds(loop, preprocess.image_size),
     )
-    return loop, reuse, latency
+    return Built(loop, reuse, latency, loaded.weights_sha256)
 
 
 def _enter_phase(loop: Loop, reuse: Reuse, of_stages: tuple[Level, ...]) -> None:

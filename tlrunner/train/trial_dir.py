@@ -7,7 +7,6 @@ was not saved. A trial that has neither all its epochs nor an end.json was inter
 """
 
 import json
-import os
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,8 @@ from typing import Any, Literal
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import validate
 from tlrunner.errors import StorageError, TlrunnerError
-from tlrunner.files import cannot_write, read_json, write_json, write_text
+from tlrunner.files import append_line, read_json, whole_lines, write_json, write_text
+from tlrunner.train.attempts import note_attempt
 from tlrunner.train.checkpoint import (
     COMMIT,
     TRAINING_STATE,
@@ -88,10 +88,17 @@ class TrialDir:
     def has_begun(self) -> bool:
         return (self.path / "config.json").exists()
 
-    def begin(self, config: TrialConfig, notes: Sequence[str] = (), after_epoch: int = 0) -> None:
+    def begin(
+        self,
+        config: TrialConfig,
+        notes: Sequence[str] = (),
+        *,
+        after_epoch: int = 0,
+        after_step: int = 0,
+    ) -> None:
         """Start, or start once more behind an epoch: what was told of later ones is forgotten."""
         write_json(self.path / "config.json", config.model_dump(mode="json"))
-        lines = self._lines()
+        lines = whole_lines(self.path / "metrics.jsonl")
         kept = [line for line in lines if EpochReport(**json.loads(line)).epoch <= after_epoch]
         changed = [self.path / "config.json"]
         if len(kept) < len(lines):
@@ -101,6 +108,7 @@ class TrialDir:
             write_text(self.path / "notes.txt", "".join(f"{note}\n" for note in notes))
             changed.append(self.path / "notes.txt")
         self.place.save(*changed)
+        note_attempt(self.place, "started", after_step)
 
     def note(self, note: str) -> None:
         """One more thing that a reader of the trial's figures should know, said once."""
@@ -137,13 +145,7 @@ class TrialDir:
     def append(self, report: EpochReport) -> None:
         """One more line of metrics, on the disk when this returns."""
         path = self.path / "metrics.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(report), allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as err:
-            raise cannot_write(path, err) from err
+        append_line(path, json.dumps(asdict(report), allow_nan=False))
         self.place.save(path)
 
     def end(self, state: State, detail: str = "") -> None:
@@ -183,9 +185,5 @@ class TrialDir:
         )
 
     def _epochs(self) -> tuple[EpochReport, ...]:
-        return tuple(EpochReport(**json.loads(line)) for line in self._lines())
-
-    def _lines(self) -> list[str]:
-        path = self.path / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return text[: text.rfind("\n") + 1].splitlines()
+        lines = whole_lines(self.path / "metrics.jsonl")
+        return tuple(EpochReport(**json.loads(line)) for line in lines)

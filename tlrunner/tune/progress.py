@@ -1,6 +1,7 @@
 """What a person sees while a search runs: one live table, or a plain line per epoch in a log."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from tlrunner.config import TrialConfig
 from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.attempts import read_attempts
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import State, TrialDir, TrialRecord
 from tlrunner.tune.schedule import num_last
@@ -20,6 +22,7 @@ from tlrunner.tune.space import PlannedTrial
 from tlrunner.tune.trainable import planned_trial
 
 STATE_STYLES = {"running": "cyan", "completed": "green", "stopped": "yellow"}
+MOST_DEATHS = 4  # of a trial's process in a row, before the last one
 MAX_ROWS = 30  # of the live table: what does not fit a screen cannot be followed
 
 
@@ -33,6 +36,8 @@ class Row:
     epoch: int = 0
     val_acc: float | None = None  # of the best epoch so far
     seconds: float = 0.0
+    deaths: int = 0  # of its process, since
+    step: int = 0  # of the latest checkpoint that it started from
 
     def cells(self) -> list[str]:
         config = self.planned.config
@@ -51,9 +56,15 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     """Follows the trials of a search and records in its directory how each of them ended."""
 
     def __init__(
-        self, job: JobConfig, trials: Place, num_trials: int | None, console: Console
+        self,
+        job: JobConfig,
+        trials: Place,
+        num_trials: int | None,
+        console: Console,
+        is_halted: Callable[[], bool],
     ) -> None:
         self.job = job
+        self.is_halted = is_halted
         self.trials = trials
         self.num_trials = num_trials
         self.console = console
@@ -93,7 +104,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial starts, goes on, or goes on as a copy of another."""
-        self._follow(trial)
+        self._follow(trial).state = "running"
 
     def _follow(self, trial: Any) -> Row:
         """The row of what Ray's trial now stands for."""
@@ -112,16 +123,31 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         row = self._row(trial)
+        if result["epoch"] <= row.epoch:
+            return  # told again, behind a start from a checkpoint
         row.epoch, row.seconds = result["epoch"], result["seconds"]
         row.val_acc = max(row.val_acc or 0.0, result["val_acc"])
         if row.epoch < row.planned.config.train.epochs:  # the last one is said with the end
             self._say(row)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended with an error that may pass, or its process died; Ray starts it again.
+
+        What dies again and again without a checkpoint in between is given up, at its next death.
+        """
+        row = self._row(trial)
+        attempts = read_attempts(self._directory(row).place)
+        step = max((attempt.step for attempt in attempts), default=0)
+        row.deaths = row.deaths + 1 if step <= row.step else 1
+        row.step, row.state = step, "starts again"
+        trial.max_failures = 0 if row.deaths >= MOST_DEATHS else -1
+        self._say(row)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
         directory = self._directory(row)
-        row.state = directory.read().state
-        if row.state == "interrupted":  # by the scheduler, so it is at its end
+        row.state = directory.read().state if directory.has_begun else "interrupted"
+        if row.state == "interrupted" and not self.is_halted():  # the scheduler ended it
             row.state = "stopped"
             directory.end("stopped")
             if not num_last(self.job) and not directory.place.uri:  # else at the search's end

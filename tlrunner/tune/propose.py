@@ -40,6 +40,23 @@ class ListedPoints:
         """They do not depend on it."""
 
 
+class Asked:
+    """Other points, and which of them were asked for."""
+
+    def __init__(self, others: Points) -> None:
+        self.others = others
+        self.points: list[tuple[int, Point]] = []
+
+    def ask(self) -> tuple[int, Point] | None:
+        asked = self.others.ask()
+        if asked:
+            self.points.append(asked)
+        return asked
+
+    def tell(self, index: int, read: Callable[[], TrialRecord | None]) -> None:
+        self.others.tell(index, read)
+
+
 class OptunaPoints:
     """A tree-structured Parzen estimator (Bergstra et al., 2011), over one objective or two."""
 

@@ -77,6 +77,11 @@ class HyperBand(_Fair, HyperBandScheduler):  # type: ignore[misc]
 class Median(_Fair, MedianStoppingRule):  # type: ignore[misc]
     """Stops what is worse than the median of the others so far."""
 
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if result["epoch"] <= (trial.last_result or {}).get("epoch", 0):
+            return str(TrialScheduler.CONTINUE)  # told again, by a trial that started again
+        return super().on_trial_result(controller, trial, result)
+
     def _on_insufficient_samples(self, controller: Any, trial: Trial, time: float) -> str:
         return str(TrialScheduler.CONTINUE)  # instead of a pause, behind which nothing would go on
 

@@ -7,7 +7,7 @@ its own directory afterwards, never from Ray's records: those can be empty after
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +20,21 @@ from tlrunner.train.demand import demands
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
+from tlrunner.tune.bell import hang_bell
 from tlrunner.tune.cluster import places_now
 from tlrunner.tune.plan import count_trials
 from tlrunner.tune.progress import Progress
-from tlrunner.tune.propose import ListedPoints, OptunaPoints, Points, Proposer
+from tlrunner.tune.propose import Asked, ListedPoints, OptunaPoints, Points, Proposer
 from tlrunner.tune.rank import with_best_backbones
 from tlrunner.tune.repeats import candidates, repeats_of
 from tlrunner.tune.schedule import build_scheduler, num_last
-from tlrunner.tune.space import iter_points, num_trials_of, planned_trials
+from tlrunner.tune.space import Point, iter_points, num_trials_of, planned_trials, trial_at
 from tlrunner.tune.spend import Over, Spending
 from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import build_trainable
 
 MOST_PENDING = 16  # trials that wait for room, for an autoscaler to see
+MOST_ROUNDS = 3  # of what Ray lost: a trial whose actor does not come back ends there untold
 # Of a trial that drives workers: something that every node has, since Tune must reserve something.
 DRIVER_SLOT = {"memory": 1.0}
 
@@ -45,6 +47,7 @@ class Search:
         num_trials: how many there will be, if that is known.
         started: when the job began, on the monotonic clock.
         run: the run's directory; trials are in its `trials/`.
+        is_halted: whether this process was asked to halt.
         ended: records of the trials that ended before this run was continued.
         earlier: those of the run that `search.warm_start` names.
     """
@@ -54,6 +57,7 @@ class Search:
     started: float
     run: Place
     images: Images
+    is_halted: Callable[[], bool]
     ended: Sequence[TrialRecord] = ()
     earlier: Sequence[TrialRecord] = ()
 
@@ -67,6 +71,10 @@ def run_search(search: Search, console: Console) -> None:
 
     The trials were checked, the images prepared and Ray connected by the caller. Backbones that
     `search.rank` leaves out are tried in none of them.
+
+    Raises:
+        KeyboardInterrupt: the process was asked to halt. Trials that were under way have left a
+            checkpoint, if they could in time.
     """
     if search.job.search.rank:
         search = _ranked(search, console)
@@ -95,20 +103,45 @@ def _ranked(search: Search, console: Console) -> Search:
 
 
 def _run(search: Search, points: Points, spending: Spending, console: Console) -> None:
+    """Run the trials at some points, and those of them once more that were lost on the way."""
+    asked = Asked(points)
+    _tune(search, asked, spending, console)
+    for _ in range(MOST_ROUNDS):
+        lost = [] if spending.is_over else _lost(search, asked.points)
+        if not lost:
+            break
+        asked = Asked(ListedPoints(lost))
+        _tune(search, asked, spending, console)
+    _end_trials(search.trials, num_last(search.job))
+
+
+def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[tuple[int, Point]]:
+    """Those of which Ray lost the trial: it neither ended nor failed."""
+    if search.job.search.scheduler == "pbt":
+        return []  # where a point is no trial
+    search.trials.fetch(without=CHECKPOINTS)
+    states = {d.path.name: d.read().state for d in _begun(search.trials)}
+    of_trials = [(p, trial_at(search.job, *p).trial_id) for p in points]
+    return [p for p, trial_id in of_trials if states.get(trial_id, "interrupted") == "interrupted"]
+
+
+def _tune(search: Search, points: Points, spending: Spending, console: Console) -> None:
     job, ray_dir = search.job, search.run.path / ".ray"
     kept = num_last(job)
+    bell = hang_bell()
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(MOST_PENDING)
-    with Progress(job, search.trials, search.num_trials, console) as progress:
+    with Progress(job, search.trials, search.num_trials, console, search.is_halted) as progress:
         tuner = tune.Tuner(
             tune.with_resources(
-                build_trainable(job, search.trials, search.images, kept, _beside(job)),
+                build_trainable(job, search.trials, search.images, kept, _beside(job), bell),
                 _resources(job),
             ),
-            **_proposed(job, points, spending, progress),
+            **_proposed(search, points, spending, progress),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(ray_dir),
-                stop=Over(spending, job.search.max_epochs),
+                stop=Over(spending, job.search.max_epochs, search.is_halted, bell),
+                failure_config=tune.FailureConfig(max_failures=-1),  # `Progress` says when it ends
                 callbacks=[spending, progress, *_trackers(search, progress)],
                 verbose=0,
             ),
@@ -121,13 +154,15 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
             raise
         finally:
             shutil.rmtree(ray_dir, ignore_errors=True)  # Ray's pickles, which nothing reads again
-    _end_trials(search.trials, kept)
+    if search.is_halted():
+        raise KeyboardInterrupt
 
 
 def _proposed(
-    job: JobConfig, points: Points, spending: Spending, progress: Progress
+    search: Search, points: Points, spending: Spending, progress: Progress
 ) -> dict[str, Any]:
     """Who says which trial is next, and which of them stops."""
+    job = search.job
     settings: dict[str, Any] = {
         "metric": "val_acc",
         "mode": "max",
@@ -145,7 +180,8 @@ def _proposed(
     most = job.search.max_concurrent_trials or math.inf
 
     def has_room() -> bool:
-        return spending.take_place(min(places_now(job.resources), most) if waits else most)
+        places = min(places_now(job.resources), most) if waits else most
+        return not search.is_halted() and spending.take_place(places)
 
     proposer = Proposer(points, has_room, progress.record_of)
     config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **settings)

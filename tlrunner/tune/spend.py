@@ -1,6 +1,7 @@
 """What a search has spent, and when it is over."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray import tune
@@ -29,7 +30,8 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self.started = started
         self.compute_seconds = compute_seconds
         self.has_repeats = has_repeats
-        self.num_active = 0  # trials that run or are to
+        self.num_running = 0  # trials
+        self.num_active = 0  # and those that are to run
         self.told: dict[str, tuple[float, float]] = {}  # Ray's id -> best val_acc, seconds
         self.last_step = time.monotonic()
 
@@ -38,7 +40,7 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         now = time.monotonic()
-        running = sum(trial.status == Trial.RUNNING for trial in trials)
+        running = self.num_running = sum(trial.status == Trial.RUNNING for trial in trials)
         self.num_active = running + sum(trial.status == Trial.PENDING for trial in trials)
         if self.job.resources.workers_per_trial > 1:  # the driver of one more may wait for room
             running = min(running, num_places(self.job.resources, machines()))
@@ -86,14 +88,31 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
 
 class Over(tune.Stopper):  # type: ignore[misc]  # ray is not typed
-    """Ends a trial after its last epoch, and the search when its budget is spent."""
+    """Ends a trial after its last epoch, and the search when its budget is spent.
 
-    def __init__(self, spending: Spending, max_epochs: int | None) -> None:
+    A search that is halted rings its trials' bell first, and waits for those that run.
+    """
+
+    def __init__(
+        self,
+        spending: Spending,
+        max_epochs: int | None,
+        is_halted: Callable[[], bool],
+        bell: Any,
+    ) -> None:
         self.spending = spending
         self.max_epochs = max_epochs
+        self.is_halted = is_halted
+        self.bell = bell
+        self.has_rung = False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return self.max_epochs is not None and result["epoch"] >= self.max_epochs
 
     def stop_all(self) -> bool:
-        return self.spending.is_over
+        if not self.is_halted():
+            return self.spending.is_over
+        if not self.has_rung:
+            self.bell.ring.remote()
+            self.has_rung = True
+        return self.spending.num_running == 0

@@ -14,12 +14,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
+from ray.exceptions import RayError
 
+from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
+from tlrunner.tune.bell import Hearing
 from tlrunner.tune.space import PlannedTrial, trial_at
 
 END_SECONDS = 60  # a stopped trial may take to end its workers, before the next one fails for it
@@ -36,19 +39,21 @@ def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
 
 
 def build_trainable(
-    job: JobConfig, trials: Place, images: Images, num_last: int, beside: Beside
+    job: JobConfig, trials: Place, images: Images, num_last: int, beside: Beside, bell: Any
 ) -> Callable[[dict[str, Any]], None]:
     """The function Ray Tune calls with the values of one trial, and again after each pause.
 
-    A process keeps it from one trial to the next, and so what `beside` keeps warm.
+    It is called again, too, where it ended with an error or its process died. A process keeps it
+    from one trial to the next, and so what `beside` keeps warm.
 
     Args:
         num_last: newest checkpoints to keep, from which trials go on after a pause.
         beside: the trials of the search.
+        bell: rings when trials are to halt.
     """
 
     def trainable(values: dict[str, Any]) -> None:
-        run_planned(job, trials, images, num_last, beside, values)
+        run_planned(job, trials, images, num_last, beside, bell, values)
 
     return trainable
 
@@ -59,9 +64,13 @@ def run_planned(
     images: Images,
     num_last: int,
     beside: Beside,
+    bell: Any,
     values: dict[str, Any],
 ) -> None:
     """Run a trial, or tell again what it did, or go on behind its pause."""
+    is_halted = Hearing(bell)
+    if is_halted():
+        return  # one of those that had no room before
     with importing():
         from tlrunner.train.resume import epoch_of
         from tlrunner.train.trial import run_trial
@@ -73,7 +82,7 @@ def run_planned(
     directory = TrialDir(trials.below(planned.trial_id))
     directory.place.fetch()
     record = directory.read() if directory.has_begun else None
-    resume_from, notes = _beginning(trials, directory, record, num_last, values)
+    resume_from, notes = _beginning(trials, directory, record, values)
     if record and (record.is_settled or not num_last):
         # A continued run: what was done is told again, not computed again.
         num_done = len(record.epochs) if record.is_settled else epoch_of(resume_from)
@@ -92,10 +101,29 @@ def run_planned(
             num_last=num_last,
             notes=notes,
             beside=beside,
+            is_halted=is_halted,
         )
     except Exception as err:  # the border: whatever it is, the trial's directory says so
+        if not _is_final(directory, err, job.search.max_failures):
+            raise  # for Ray to start the trial again
         directory.fail(err)
-        raise
+
+
+def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> bool:
+    """Whether a trial ends with an error, which is noted; otherwise it goes on from a checkpoint.
+
+    What happens to nodes and stores passes, however often; who gives up on that is the search.
+    """
+    from tlrunner.train.attempts import is_hopeless, note_attempt, read_attempts
+
+    if isinstance(error, StorageError | RayError):
+        return False
+    if isinstance(error, TlrunnerError):
+        return True
+    attempts = read_attempts(directory.place)
+    step = next((a.step for a in reversed(attempts) if a.event == "started"), 0)
+    note_attempt(directory.place, "failed", step, f"{type(error).__name__}: {error}"[:500])
+    return is_hopeless(read_attempts(directory.place), max_failures)
 
 
 def report(finished: "EpochReport") -> None:
@@ -107,16 +135,13 @@ def _beginning(
     trials: Place,
     directory: "TrialDir",
     record: "TrialRecord | None",
-    num_last: int,
     values: dict[str, Any],
 ) -> tuple[Place | None, tuple[str, ...]]:
     """The checkpoint that a trial goes on from, if any, and what is to be noted of it."""
-    if record and not num_last:
-        return directory.to_go_on_from(), record.notes
-    if record and record.epochs:
-        return directory.place.below(CHECKPOINTS).below(str(record.epochs[-1].checkpoint)), ()
+    if checkpoint := directory.to_go_on_from():
+        return checkpoint, record.notes if record else ()
     if copied := values["trial"].get("copied"):
-        donor, epoch, checkpoint = copied
+        donor, epoch, checkpoint_name = copied
         note = f"goes on from the weights of {donor} at the end of epoch {epoch}"
-        return trials.below(donor).below(CHECKPOINTS).below(checkpoint), (note,)
-    return None, ()
+        return trials.below(donor).below(CHECKPOINTS).below(checkpoint_name), (note,)
+    return None, record.notes if record else ()
