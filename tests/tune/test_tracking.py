@@ -143,7 +143,9 @@ class Search:
 
     def __init__(self, run: Path, tree: dict[str, Any], told_before: set[str], **track: Any):
         job = validate(JobConfig, {**tree, "track": track})
-        self.trackers = trackers(job, Place(run), lambda trial: trial.name, told_before)
+        self.trackers = trackers(
+            job, Place(run), lambda trial: trial.name, lambda trial: False, told_before
+        )
 
     def start(self, trial: RayTrial) -> None:
         for tracker in self.trackers:

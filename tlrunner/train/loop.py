@@ -138,10 +138,11 @@ class Loop:
             is_last = index + 1 == num_batches
             if len(losses) >= self.look_steps or is_last:
                 first_step = epoch * num_batches + index + 2 - len(losses)
-                due = self._look(losses, first_step, None if is_last else between, looked_at)
+                due = self._look(losses, first_step, between, looked_at)
                 losses.clear()
                 looked_at = time.monotonic()
-                if between and due:
+                # The epoch's own checkpoint is near, but for the evaluation before it.
+                if between and due > (Due.CHECKPOINT if is_last else Due.NOTHING):
                     self._average_statistics()  # which comes to the same when done once more
                     between(due, index + 1, self._over_workers(sums.totals).tolist())
         self._average_statistics()

@@ -156,11 +156,14 @@ class TrialDir:
         """Leave one line for the leaderboard, and the traceback for whoever mends it."""
         named = "" if isinstance(error, TlrunnerError) else f"{type(error).__name__}: "
         try:
-            write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
-            self.place.save(self.path / "error.txt")
+            self.leave_traceback(error)
             self.end("failed", " ".join(f"{named}{error}".split())[:500])
         except StorageError as err:
             raise error from err  # the disk that fails is often what failed the trial
+
+    def leave_traceback(self, error: BaseException) -> None:
+        write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
+        self.place.save(self.path / "error.txt")
 
     def best_checkpoint(self, report: EpochReport) -> Path:
         assert report.checkpoint is not None, "a best epoch always has a checkpoint"

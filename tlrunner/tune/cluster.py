@@ -20,6 +20,8 @@ from tlrunner.tune.plan import Machine, grant, num_places
 RAY_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # of trials that end before their first epoch
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -47,6 +49,8 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
             "",
             "check RAY_ADDRESS, the token (RAY_AUTH_MODE, ~/.ray/auth_token) and the versions",
         ) from err
+    except SystemExit as err:  # of Ray's handler of a SIGTERM that came meanwhile
+        raise KeyboardInterrupt from err
     # Ray's own SIGTERM handlers exit or abort at once; the one before ends the run in order.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:

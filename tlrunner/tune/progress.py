@@ -95,6 +95,10 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         """Our name of Ray's trial as it is now."""
         return self._row(trial).planned.trial_id
 
+    def has_failed(self, trial: Any) -> bool:
+        """Whether a trial that ended has failed."""
+        return self._row(trial).state == "failed"
+
     def record_of(self, ray_id: str) -> TrialRecord | None:
         """What a trial that ended left, by Ray's id of it; None if it never began."""
         if ray_id not in self.rows:
@@ -123,8 +127,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         row = self._row(trial)
-        if result["epoch"] <= row.epoch:
-            return  # told again, behind a start from a checkpoint
+        if result.get("epoch", 0) <= row.epoch:
+            return  # told again, behind a start from a checkpoint; or ended without an epoch
         row.epoch, row.seconds = result["epoch"], result["seconds"]
         row.val_acc = max(row.val_acc or 0.0, result["val_acc"])
         if row.epoch < row.planned.config.train.epochs:  # the last one is said with the end
@@ -139,7 +143,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         attempts = read_attempts(self._directory(row).place)
         step = max((attempt.step for attempt in attempts), default=0)
         row.deaths = row.deaths + 1 if step <= row.step else 1
-        row.step, row.state = step, "starts again"
+        told = attempts[-1:] and attempts[-1].error
+        row.step, row.state = step, f"starts again: {told or 'its process died'}"
         trial.max_failures = 0 if row.deaths >= MOST_DEATHS else -1
         self._say(row)
 

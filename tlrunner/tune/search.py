@@ -196,7 +196,8 @@ def _beside(job: JobConfig) -> Beside:
 
 def _trackers(search: Search, progress: Progress) -> list[tune.Callback]:
     told_before = frozenset(record.trial_id for record in search.ended)
-    return trackers(search.job, search.run, progress.trial_id_of, told_before)
+    of_progress = progress.trial_id_of, progress.has_failed
+    return trackers(search.job, search.run, *of_progress, told_before)
 
 
 def _resources(job: JobConfig) -> dict[str, float]:

@@ -50,6 +50,8 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
+        if "epoch" not in result:
+            return  # ended without an epoch
         best = max(self.told.get(trial.trial_id, (0.0, 0.0))[0], result["val_acc"])
         self.told[trial.trial_id] = best, result["seconds"]
 
@@ -107,7 +109,7 @@ class Over(tune.Stopper):  # type: ignore[misc]  # ray is not typed
         self.has_rung = False
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return self.max_epochs is not None and result["epoch"] >= self.max_epochs
+        return self.max_epochs is not None and result.get("epoch", 0) >= self.max_epochs
 
     def stop_all(self) -> bool:
         if not self.is_halted():

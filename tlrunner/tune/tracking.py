@@ -58,6 +58,7 @@ def trackers(
     job: JobConfig,
     run: Place,
     trial_id_of: Callable[[Trial], str],
+    has_failed: Callable[[Trial], bool],
     told_before: Set[str] = frozenset(),
 ) -> list[tune.Callback]:
     """Callbacks of a search, to follow those that `trial_id_of` depends on.
@@ -73,12 +74,12 @@ def trackers(
     """
     _forget_cleared(run)
     kept = {trial_id for trial_id in told_before if (run.path / TENSORBOARD / trial_id).exists()}
-    found = [Tracker(_tensorboard(run), run, trial_id_of, kept)]
+    told: list[tuple[Told, Set[str]]] = [(_tensorboard(run), kept)]
     if job.track.mlflow_uri is not None:
-        found.append(Tracker(_mlflow(job.track.mlflow_uri, run), run, trial_id_of, told_before))
+        told.append((_mlflow(job.track.mlflow_uri, run), told_before))
     if job.track.wandb_project is not None:
-        found.append(Tracker(_wandb(job.track, run), run, trial_id_of, told_before))
-    return found
+        told.append((_wandb(job.track, run), told_before))
+    return [Tracker(one, run, trial_id_of, has_failed, before) for one, before in told]
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,17 @@ class Tracker(tune.Callback):  # type: ignore[misc]  # ray is not typed
     """
 
     def __init__(
-        self, told: Told, run: Place, trial_id_of: Callable[[Trial], str], told_before: Set[str]
+        self,
+        told: Told,
+        run: Place,
+        trial_id_of: Callable[[Trial], str],
+        has_failed: Callable[[Trial], bool],
+        told_before: Set[str],
     ) -> None:
         self.told = told
         self.run = run
         self.trial_id_of = trial_id_of
+        self.has_failed = has_failed
         self.told_before = told_before
         self.shown: dict[str, Shown] = {}  # Ray's id -> what that trial is now
         self.last_epoch: dict[Shown, int] = {}
@@ -147,13 +154,13 @@ class Tracker(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        shown, epoch = self.shown.get(trial.trial_id), result["epoch"]
+        shown, epoch = self.shown.get(trial.trial_id), result.get("epoch", 0)
         if shown and epoch > self.last_epoch.get(shown, 0):
             self.last_epoch[shown] = epoch
             self._tell(shown, self.told.logger.log_trial_result, epoch, shown, _figures(result))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Trial, **_: Any) -> None:
-        self._end(trial, failed=False)
+        self._end(trial, failed=self.has_failed(trial))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Trial, **_: Any) -> None:
         self._end(trial, failed=True)

@@ -104,9 +104,11 @@ def run_planned(
             is_halted=is_halted,
         )
     except Exception as err:  # the border: whatever it is, the trial's directory says so
-        if not _is_final(directory, err, job.search.max_failures):
-            raise  # for Ray to start the trial again
-        directory.fail(err)
+        if _is_final(directory, err, job.search.max_failures):
+            directory.fail(err)
+            return
+        directory.leave_traceback(err)
+        raise  # for Ray to start the trial again
 
 
 def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> bool:
