@@ -68,7 +68,7 @@ def test_a_trial_reads_shards_from_s3_and_leaves_its_run_there(
     assert f"model: {run}/best" in capsys.readouterr().out
     tops = {name.split("/")[0] for name in names_in(run)}
     assert tops == {
-        *("run.json", "trials", "best", "leaderboard.csv"),
+        *(".lease.json", "run.json", "trials", "best", "leaderboard.csv"),
         *("summary.json", "report.html", "_SUCCESS"),
     }
     for name, facts in json_at(run, "_SUCCESS").items():

@@ -4,31 +4,34 @@ Kubernetes gives a pod 30 seconds between SIGTERM and SIGKILL, unless it is told
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 GRACE_SECONDS = 20.0  # to halt in; the rest is for what is to be written then
 
 
+@dataclass
 class Halt:
-    """Whether this process was asked to halt."""
+    """Whether this process was asked to halt, or has another reason to."""
 
-    is_asked = False
+    has_reason: Callable[[], bool]
+    is_asked: bool = False
 
     def __call__(self) -> bool:
-        return self.is_asked
+        return self.is_asked or self.has_reason()
 
 
 @contextmanager
-def halting(grace_seconds: float = GRACE_SECONDS) -> Iterator[Halt]:
+def halting(has_reason: Callable[[], bool], grace_seconds: float = GRACE_SECONDS) -> Iterator[Halt]:
     """Inside this block a first signal asks to halt.
 
     Raises:
         KeyboardInterrupt: from anywhere in the block, at a second signal, or where the block has
             not ended so many seconds after the first.
     """
-    halt = Halt()
+    halt = Halt(has_reason)
 
     def asked(signum: int, frame: FrameType | None) -> None:
         if halt.is_asked:
