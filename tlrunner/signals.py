@@ -12,11 +12,15 @@ from types import FrameType
 GRACE_SECONDS = 20.0  # to halt in; the rest is for what is to be written then
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass
 class Halt:
     """Whether this process was asked to halt, or has another reason to."""
 
-    has_reason: Callable[[], bool]
+    has_reason: Callable[[], bool] = _never
     is_asked: bool = False
 
     def __call__(self) -> bool:
@@ -24,8 +28,13 @@ class Halt:
 
 
 @contextmanager
-def halting(has_reason: Callable[[], bool], grace_seconds: float = GRACE_SECONDS) -> Iterator[Halt]:
+def halting(
+    grace_seconds: float = GRACE_SECONDS, *, has_reason: Callable[[], bool] = _never
+) -> Iterator[Halt]:
     """Inside this block a first signal asks to halt.
+
+    Args:
+        has_reason: whether there is another reason to, which no signal tells.
 
     Raises:
         KeyboardInterrupt: from anywhere in the block, at a second signal, or where the block has
