@@ -239,7 +239,7 @@ class _Keeping(Thread):
 
 
 def honours_conditions(run: Place) -> bool:
-    """Whether the store of a run refuses to write over an object that was not to be there."""
+    """Whether the store refuses to write over an object that was not to be there: it is tried."""
     store, name = _Slot(run).store, f".probe-{secrets.token_hex(8)}"
     store.write(name, b"first")
     try:

@@ -98,8 +98,8 @@ class Place:
         if not self.uri:
             return
         path = self.path
-        # A lease is of the store alone, and changes under way.
-        sizes = {e.name: e.num_bytes for e in self.store.list() if e.name != LEASE}
+        # What begins with a dot is of those who hold the run or try to, and comes and goes.
+        sizes = {e.name: e.num_bytes for e in self.store.list() if not e.name.startswith(".")}
         wanted = [name for name in sizes if without not in name.split("/")[:-1]]
         try:
             path.mkdir(parents=True, exist_ok=True)
