@@ -151,7 +151,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Fence:
-    """Which holder of a run, counted from 1, something is written for."""
+    """Which holder of a run, counted from 1, something is written for.
+
+    A write that was under way as a later holder came is not undone: that one reads what it finds
+    and goes on from there.
+    """
 
     run: Place
     number: int

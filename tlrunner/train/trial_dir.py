@@ -116,10 +116,10 @@ class TrialDir:
 
     def note(self, note: str) -> None:
         """One more thing that a reader of the trial's figures should know, said once."""
-        self.place.checked_fence()
         notes = self.path / "notes.txt"
         known = notes.read_text(encoding="utf-8") if notes.exists() else ""
         if note not in known.splitlines():
+            self.place.checked_fence()
             write_text(notes, f"{known}{note}\n")
             self.place.save(notes)
 
