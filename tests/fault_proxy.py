@@ -3,6 +3,7 @@
 500         an internal error instead of the server's answer
 503         SlowDown instead of it
 reset       the connection is reset before the request reaches the server
+lost        the server does what it is asked, and the connection is reset instead of its answer
 half        the connection ends after half of the body
 stall       half of the body, then silence until the client has lost its patience
 flip        one bit of the body is another; its length is right
@@ -15,12 +16,13 @@ import random
 import socket
 import struct
 from collections import Counter
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock, Thread
 from types import TracebackType
 from typing import Any
 
-KINDS = ("500", "503", "reset", "half", "stall", "flip")
+KINDS = ("500", "503", "reset", "lost", "half", "stall", "flip")
 _CODES = {"500": "InternalError", "503": "SlowDown"}
 _HOP_BY_HOP = ("connection", "expect", "transfer-encoding", "keep-alive")
 
@@ -30,7 +32,8 @@ class FaultProxy(ThreadingHTTPServer):
 
     `rates`: share of the requests to spoil, by kind; may be changed while it runs. The first
     `num_spared` are left alone. `injected` counts what was spoiled, `num_requests` everything;
-    `reads` has the path and range of each GET.
+    `reads` has the path and range of each GET. One object is written at a time, since moto looks at
+    a condition and then writes, without a lock for the two.
     """
 
     daemon_threads = True
@@ -49,6 +52,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.is_ending = Event()
         self._random = random.Random(seed)
         self._lock = Lock()
+        self.writing = Lock()
 
     def draw(self) -> tuple[str, float]:
         """What to do to the next request ("" for nothing), and where: a number in [0, 1)."""
@@ -99,8 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in _CODES:
             self.server.count(kind)
             self._answer(int(kind), {}, f"<Error><Code>{_CODES[kind]}</Code></Error>".encode())
-        elif kind == "reset":
+        elif kind in ("reset", "lost"):
             self.server.count(kind)
+            if kind == "lost":
+                self._forward(body)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
         else:
@@ -109,6 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        with self.server.writing if self.command == "PUT" else nullcontext():
+            return self._answer_to(body)
+
+    def _answer_to(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection(self.server.upstream)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():

@@ -25,6 +25,7 @@ from tlrunner.train.trial_dir import EpochReport
 Captured = pytest.CaptureFixture[str]
 Job = Callable[..., int]
 FINISHED = {
+    ".lease.json",
     "run.json",
     "trials",
     "best",

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import tlrunner
 from tlrunner.cli import run_job
 from tlrunner.data.dataset import open_dataset
 from tlrunner.data.fetch import open_store
+from tlrunner.data.s3 import S3Store
 from tlrunner.errors import StorageError
 from tlrunner.files import sha256_file
 from tlrunner.jobconfig import JobConfig, PredictJob, PrepareJob, TrainJob
+from tlrunner.train.place import LEASE
 from tlrunner.train.trial_dir import EpochReport
 
 pytestmark = pytest.mark.slow
@@ -68,7 +72,7 @@ def test_a_trial_reads_shards_from_s3_and_leaves_its_run_there(
     assert f"model: {run}/best" in capsys.readouterr().out
     tops = {name.split("/")[0] for name in names_in(run)}
     assert tops == {
-        *("run.json", "trials", "best", "leaderboard.csv"),
+        *(".lease.json", "run.json", "trials", "best", "leaderboard.csv"),
         *("summary.json", "report.html", "_SUCCESS"),
     }
     for name, facts in json_at(run, "_SUCCESS").items():
@@ -140,8 +144,46 @@ def test_an_interrupted_run_goes_on_where_no_disk_knows_of_it(
     capsys.readouterr()
     assert job("train", cache="another") == 0
     assert json_at(run, "summary.json")["status"] == "ok"
+    assert json_at(run, "run.json")["fence"] == 2, "the second to hold it"
     assert job("train", "--set", "train.seed=3", cache="third") == 64
     assert "was begun with another config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("s3_bucket", ["moto_bucket"], indirect=True)
+@pytest.mark.parametrize("kind", ["train", "tune"])
+def test_a_run_that_is_taken_over_is_written_no_more(
+    job: Callable[..., int],
+    s3_bucket: Bucket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+    kind: str,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    store = open_store(f"{s3_bucket.uri}/runs/mine")
+    assert isinstance(store, S3Store)
+    taken: dict[str, str] = {}
+
+    def etags() -> dict[str, str]:
+        return {entry.name: store.read_version(entry.name)[1] for entry in store.list()}
+
+    def take_over() -> None:
+        while not any(name.endswith("/metrics.jsonl") for name in names_in(store.uri)):
+            time.sleep(0.05)
+        other = {"fence": 9, "holder": "process 1 on elsewhere", "token": "", "renewals": 0}
+        store.write(LEASE, json.dumps(other | {"released": False}).encode())
+        time.sleep(1)  # what was asked for before may still be written
+        taken.update(etags())
+
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(take_over)
+        search = {"space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}}, "budget": {"num_trials": 8}}
+        sections = {"search": search} if kind == "tune" else {}
+        long = {"epochs": 1000, "batch_size": 8}
+        assert job(kind, train=long, **sections) == 75
+        taking.result()
+    assert "run 'mine' was taken over by process 1 on elsewhere" in capsys.readouterr().err
+    assert etags() == taken
 
 
 @pytest.mark.parametrize("s3_bucket", ["moto_bucket"], indirect=True)

@@ -98,7 +98,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
             try:
-                with halting() as is_halted:
+                with halting(has_reason=run.is_lost) as is_halted:
                     search = Search(
                         job=job,
                         num_trials=count_trials(job, trials),
@@ -150,7 +150,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         directory = run.trial(planned.trial_id)
         try:
             if not ended:  # else only the end is missing
-                with halting() as is_halted:
+                with halting(has_reason=run.is_lost) as is_halted:
                     result = run_trial(
                         planned.config,
                         show,
@@ -304,6 +304,7 @@ def _finish(
     interrupted: bool,
     judging: Judging = Judging(),  # noqa: B008  (it is frozen)
 ) -> int:
+    run.check_held()
     kept = (LOG_NAME, "tensorboard/**/*", "wandb/*run-*/**/*")
     run.place.save(*(f for name in kept for f in sorted(run.path.glob(name)) if f.is_file()))
     summary = finish_run(

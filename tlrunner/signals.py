@@ -4,31 +4,43 @@ Kubernetes gives a pod 30 seconds between SIGTERM and SIGKILL, unless it is told
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 GRACE_SECONDS = 20.0  # to halt in; the rest is for what is to be written then
 
 
-class Halt:
-    """Whether this process was asked to halt."""
+def _never() -> bool:
+    return False
 
-    is_asked = False
+
+@dataclass
+class Halt:
+    """Whether this process was asked to halt, or has another reason to."""
+
+    has_reason: Callable[[], bool] = _never
+    is_asked: bool = False
 
     def __call__(self) -> bool:
-        return self.is_asked
+        return self.is_asked or self.has_reason()
 
 
 @contextmanager
-def halting(grace_seconds: float = GRACE_SECONDS) -> Iterator[Halt]:
+def halting(
+    grace_seconds: float = GRACE_SECONDS, *, has_reason: Callable[[], bool] = _never
+) -> Iterator[Halt]:
     """Inside this block a first signal asks to halt.
+
+    Args:
+        has_reason: whether there is another reason to, which no signal tells.
 
     Raises:
         KeyboardInterrupt: from anywhere in the block, at a second signal, or where the block has
             not ended so many seconds after the first.
     """
-    halt = Halt()
+    halt = Halt(has_reason)
 
     def asked(signum: int, frame: FrameType | None) -> None:
         if halt.is_asked:

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -12,6 +13,7 @@ from threading import Thread
 import pytest
 import urllib3
 from botocore import exceptions as of_botocore
+from fault_proxy import FaultProxy
 from s3_servers import KEY, SECRET, Bucket, use_endpoint
 
 from tlrunner.data import s3
@@ -27,6 +29,8 @@ VERBS: dict[str, Callable[[S3Store], object]] = {
     "read": lambda store: store.read("name"),
     "part": lambda store: store.read("name", Part(0, 10)),
     "put": lambda store: store.put("name", PATH),
+    "write": lambda store: store.write("name", b"content"),
+    "put_if": lambda store: store.put_if("name", b"content", etag=None),
     "delete": lambda store: store.delete("name"),
 }
 
@@ -103,9 +107,8 @@ def test_what_may_pass_is_asked_for_until_patience_ends(
     monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     busy = [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")]
-    for status, code in [*busy, (400, "RequestTimeout"), (200, "not XML <")][
-        : 5 - (verb != "list")
-    ]:
+    busy += [(409, "ConditionalRequestConflict"), (400, "RequestTimeout")]
+    for status, code in [*busy, *([(200, "not XML <")] if verb == "list" else [])]:
         with answering(status, code) as endpoint:
             use_endpoint(monkeypatch, endpoint)
             store = S3Store("bucket", patience=QUICK)
@@ -244,6 +247,35 @@ def test_keys_that_only_show_a_folder_are_not_listed(moto_bucket: Bucket) -> Non
     for key in ("p/", "p/a", "p/folder/"):
         moto_bucket.client.put_object(Bucket=moto_bucket.name, Key=key, Body=b"")
     assert [entry.name for entry in S3Store(moto_bucket.name, "p").list()] == ["a"]
+
+
+@pytest.mark.slow
+def test_an_object_is_replaced_only_while_it_is_the_one_that_is_meant(moto_bucket: Bucket) -> None:
+    store = S3Store(moto_bucket.name, "prefix")
+    assert store.put_if("name", b"never", etag='"0"') is None, "there is none to replace"
+    first = store.put_if("name", b"first", etag=None)
+    assert first is not None
+    assert store.put_if("name", b"other", etag=None) is None, "there is one"
+    assert store.read_version("name") == (b"first", first)
+    second = store.put_if("name", b"second", etag=first)
+    assert store.put_if("name", b"third", etag=first) is None, "it is another"
+    assert store.read_version("name") == (b"second", second)
+
+
+@pytest.mark.slow
+def test_a_conditional_write_whose_answer_was_lost_is_known_as_a_success(
+    moto_bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FaultProxy(moto_bucket.endpoint, {"lost": 0.5}) as proxy:
+        use_endpoint(monkeypatch, proxy.endpoint)
+        store, etag = S3Store(moto_bucket.name, patience=replace(QUICK, attempts=40)), None
+        for number in range(20):
+            etag = store.put_if("name", f"{number}".encode(), etag=etag)
+            assert etag is not None
+        assert proxy.injected["lost"] > 0
+        assert store.put_if("name", b"another's", etag=None) is None
+    use_endpoint(monkeypatch, moto_bucket.endpoint)
+    assert store.read_version("name") == (b"19", etag)
 
 
 def test_stores_share_a_client_but_not_with_another_process_or_other_settings(

@@ -19,7 +19,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from tlrunner.data.store import WRONG_BYTES, Entry, Part, is_right, unreachable
-from tlrunner.files import sha256_file
+from tlrunner.files import sha256_bytes, sha256_file
 
 log = logging.getLogger("tlrunner")
 T = TypeVar("T")
@@ -29,7 +29,7 @@ _OTHER_REGION = "the bucket is in another region"
 _ABSENT_CODES = ("NoSuchKey", "NotFound", "404")
 _PASSING_CODES = {
     *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"),
-    *("InternalError", "ServiceUnavailable", "OperationAborted"),
+    *("InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict"),
     *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"),
 }
 _REFUSALS = {
@@ -164,15 +164,19 @@ class S3Store:
             return None
 
     def read(self, name: str, part: Part | None = None) -> bytes:
+        return self.read_version(name, part)[0]
+
+    def read_version(self, name: str, part: Part | None = None) -> tuple[bytes, str]:
+        """As `read`, and the ETag of what was read."""
         wanted = self._object(name) | ({"IfMatch": self.etag} if self.etag else {})
         if part is None:
             wanted["ChecksumMode"] = "ENABLED"
         elif part.num_bytes == 0:
-            return b""
+            return b"", ""
         else:
             wanted["Range"] = f"bytes={part.start}-{part.start + part.num_bytes - 1}"
 
-        def request(client: Any) -> bytes:
+        def request(client: Any) -> tuple[bytes, str]:
             answer = client.get_object(**wanted)
             if self.etag and answer["ETag"] != self.etag:  # not every server knows IfMatch
                 answer["Body"].close()
@@ -180,25 +184,61 @@ class S3Store:
             content: bytes = answer["Body"].read()
             if not is_right(content, part):
                 raise _WrongBytes
-            return content
+            return content, answer.get("ETag", "")
 
         return self._ask(self._uri_of(name), request)
 
     def put(self, name: str, path: Path) -> None:
-        # the server compares what it received with this, and refuses what differs
-        checksum = base64.b64encode(bytes.fromhex(sha256_file(path))).decode()
+        sha256 = sha256_file(path)
 
         def request(client: Any) -> None:
             with path.open("rb") as file:
-                client.put_object(**self._object(name), Body=file, ChecksumSHA256=checksum)
+                self._put(client, name, file, sha256)
 
         self._ask(self._uri_of(name), request)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make `content` an object."""
+        sha256 = sha256_bytes(content)
+        self._ask(self._uri_of(name), lambda client: self._put(client, name, content, sha256))
+
+    def put_if(self, name: str, content: bytes, *, etag: str | None) -> str | None:
+        """Replace an object if its ETag is still `etag`, or make it if there is none.
+
+        Gives the new ETag, or None where the condition does not hold. `content` is like nothing
+        else that is written there, so that a success whose answer was lost is told from a failure.
+        """
+        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+
+        def request(client: Any) -> str | None:
+            from botocore.exceptions import ClientError
+
+            try:
+                return self._put(client, name, content, sha256_bytes(content), **condition)
+            except ClientError as err:
+                if _code_and_status(err)[1] == 412:
+                    return None
+                raise
+
+        try:
+            if written := self._ask(self._uri_of(name), request):
+                return written
+            found, found_etag = self.read_version(name)
+        except FileNotFoundError:
+            return None
+        return found_etag if found == content else None
 
     def delete(self, name: str) -> None:
         try:
             self._ask(self._uri_of(name), lambda client: client.delete_object(**self._object(name)))
         except FileNotFoundError:
             return  # S3 itself does not mind, some servers do
+
+    def _put(self, client: Any, name: str, body: Any, sha256: str, **condition: str) -> str:
+        # the server compares what it received with this, and refuses what differs
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        wanted = {**self._object(name), "Body": body, "ChecksumSHA256": checksum, **condition}
+        return str(client.put_object(**wanted)["ETag"])
 
     def _object(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self.prefix}/{name}" if self.prefix else name}

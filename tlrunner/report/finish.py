@@ -35,6 +35,7 @@ def finish_run(
 
     Raises:
         StorageError: something could not be written, or did not read back as written.
+        InterruptedRun: another process has taken over the run.
     """
     records = judging.ranked(run.records())
     has_best = bool(records and records[0].best)
@@ -46,10 +47,12 @@ def finish_run(
         status = "interrupted"
     elif has_best:
         best = run.path / "best"
+        run.check_held()
         run.place.remove(best, first=COMMIT)
         run.trial(records[0].trial_id).place.fetch()
         export_model(records[0], run.trial(records[0].trial_id), images, best)
         verify_commit(best)
+        run.check_held()
         run.place.save_directory(best, last=COMMIT)
     rows = leaderboard(records, judging)
     summary = summarise(run, records, status, wall_seconds, judging)
@@ -59,6 +62,7 @@ def finish_run(
         "summary.json": json.dumps(summary, indent=2, allow_nan=False) + "\n",
     }
     for name, text in texts.items():
+        run.check_held()
         write_text(run.path / name, text)
         run.place.save(run.path / name)
         run.place.check(name, sha256_text(text))
@@ -75,6 +79,7 @@ def _succeed(run: RunDir, made: list[str], given: list[str]) -> None:
         copied = {**{name: facts[name] for name in given}, **_committed(run.path / "best")}
         for name, fact in copied.items():
             run.place.check(name, fact["sha256"])
+    run.check_held()
     write_json(run.path / SUCCESS, facts)
     run.place.save(run.path / SUCCESS)
 

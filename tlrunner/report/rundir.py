@@ -6,7 +6,6 @@ directory never mixes the results of two searches.
 
 import datetime
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from pydantic import BaseModel
 
 from tlrunner.config import CACHE_DIR, DataConfig
 from tlrunner.configfile import config_hash
-from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
+from tlrunner.errors import ConfigError, DataError, StorageError
 from tlrunner.files import cannot_write, write_json
 from tlrunner.jobconfig import OutputConfig
+from tlrunner.report.lease import Lease, held
 from tlrunner.train.checkpoint import is_whole
 from tlrunner.train.place import CHECKPOINTS, Place, place_at
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
@@ -38,17 +38,19 @@ class RunDir:
     """`path` is absolute, `config_hash` that of the config which began the run.
 
     `is_new`: named here, not by the user, so it is to be a directory of its own. `uri`: the S3
-    prefix that the run is kept below, if it is; `path` is then a working copy.
+    prefix that the run is kept below, if it is; `path` is then a working copy. `lease`: of the
+    process that holds the run.
     """
 
     path: Path
     config_hash: str
     is_new: bool = False
     uri: str | None = None
+    lease: Lease | None = field(default=None, compare=False)
 
     @property
     def place(self) -> Place:
-        return Place(self.path, self.uri)
+        return Place(self.path, self.uri, self.lease.fence if self.lease else None)
 
     @property
     def trials(self) -> Path:
@@ -57,6 +59,15 @@ class RunDir:
     @property
     def is_finished(self) -> bool:
         return self.place.store.size(SUCCESS) is not None
+
+    def is_lost(self) -> bool:
+        """Whether another process is known to have taken over the run."""
+        return self.lease is not None and bool(self.lease.lost)
+
+    def check_held(self) -> None:
+        """Before each commit of the run's own; see `Lease.check`."""
+        if self.lease:
+            self.lease.check()
 
     def trial(self, trial_id: str) -> TrialDir:
         return TrialDir(self.place.below("trials").below(trial_id))
@@ -153,7 +164,8 @@ def begun_run(
 ) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """Hold a run's directory, and say in it what the run is.
 
-    run.json gets the resolved config, its hash, versions, and the hash of the images' manifest.
+    run.json gets the resolved config, its hash, versions, the hash of the images' manifest, and the
+    number of its holder.
     Trials that failed are cleared, to run again, and so are those that were broken off and have
     nothing to go on from; unless `goes_on`, all that were broken off, and all of them, if `anew`.
 
@@ -161,21 +173,25 @@ def begun_run(
         The run, and the trials that ended before and are kept.
 
     Raises:
-        InterruptedRun: another process is writing this run.
+        InterruptedRun: another process is writing this run; also of what is written under its
+            `place` once another has taken it over.
         ConfigError, DataError: it was begun with another config, or on other images.
     """
     if run.is_new:
         run = _made_new(run)
-    with _held(run):
+    with held(run.place) as lease:
+        run = replace(run, lease=lease)
         run.place.fetch()
         _check_same(run, images_sha256)
         content = {
             "run": run.path.name,
+            "fence": lease.fence.number,
             "config_hash": run.config_hash,
             "config": job.model_dump(mode="json"),
             "versions": installed_versions(),
             "data": {"manifest_sha256": images_sha256},
         }
+        run.check_held()
         write_json(run.path / "run.json", content)
         run.place.save(run.path / "run.json")
         yield run, _clear_unsettled(run, anew, goes_on)
@@ -228,31 +244,6 @@ def _made_new(run: RunDir) -> RunDir:
         uri = f"{run.uri.rpartition('/')[0]}/{path.name}" if run.uri else None
         return replace(run, path=path, uri=uri)
     raise AssertionError("numbers do not end")
-
-
-@contextmanager
-def _held(run: RunDir) -> Iterator[None]:
-    """Be the one process that writes this run; the system lets go however the process ends."""
-    path = run.path.with_name(f".{run.path.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as err:
-        raise cannot_write(path, err) from err
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            file.seek(0)
-            raise InterruptedRun(
-                f"run '{run.path.name}' is being written by {file.read() or 'another process'}",
-                "",
-                "wait for it, or choose another --name",
-            ) from err
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
 
 
 def _clear_unsettled(run: RunDir, anew: bool, goes_on: bool) -> list[TrialRecord]:

@@ -28,7 +28,9 @@ def note_attempt(trial: Place, event: What, step: int, error: str = "") -> None:
 
     Raises:
         StorageError: it cannot be written.
+        InterruptedRun: another process has taken over the run.
     """
+    trial.checked_fence()
     append_line(trial.path / ATTEMPTS, json.dumps(asdict(Attempt(event, step, error))))
     trial.save(trial.path / ATTEMPTS)
 

@@ -109,6 +109,7 @@ class Keeper:
         """Commit a checkpoint behind so many batches of the epoch under way. Gives its name."""
         tensors, numbers = training_state(self.loop) if goes_on else (None, {})
         state |= {
+            "fence": record.place.checked_fence(),
             "seconds": self.elapsed(),
             **self.origin,
             **numbers,

@@ -3,9 +3,14 @@
 Results are always written to a local directory first. With a `uri`, that directory is a working
 copy: what is saved is put below the URI, and only then spoken of; where the two differ, the URI is
 right.
+
+The directory of a run says in `.lease.json` which process holds it, and that holder's number, which
+only grows. Whoever writes for a holder carries its number, a fence, and asks before each write if a
+later holder has come: what a dead driver left running writes no more.
 """
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +18,25 @@ from pathlib import Path
 from tlrunner.data.fetch import RANGE_BYTES, download, open_store, ranges
 from tlrunner.data.store import LocalStore, Store
 from tlrunner.data.threads import map_ahead
-from tlrunner.errors import StorageError
+from tlrunner.errors import InterruptedRun, StorageError
 from tlrunner.files import cannot_write, sha256_text, write_with
 from tlrunner.uris import local_path
 
 CHECKPOINTS = "checkpoints"
+LEASE = ".lease.json"
 
 
 @dataclass(frozen=True)
 class Place:
     """`path`: a local directory. `uri`: s3://BUCKET/PREFIX that its files are kept below, or None.
 
-    Every method raises StorageError where the disk or the store fails.
+    `fence`: of the holder that writes there, if the place is of a run that is held. Every method
+    raises StorageError where the disk or the store fails.
     """
 
     path: Path
     uri: str | None = None
+    fence: "Fence | None" = None
 
     @property
     def store(self) -> Store:
@@ -39,7 +47,19 @@ class Place:
         return self.uri or str(self.path)
 
     def below(self, name: str) -> "Place":
-        return Place(self.path / name, f"{self.uri}/{name}" if self.uri else None)
+        uri = f"{self.uri}/{name}" if self.uri else None
+        return Place(self.path / name, uri, self.fence)
+
+    def checked_fence(self) -> int | None:
+        """To be asked before each write: the number of the holder that it is for, if there is one.
+
+        Raises:
+            InterruptedRun: another process has taken over the run.
+        """
+        if not self.fence:
+            return None
+        self.fence.check()
+        return self.fence.number
 
     def save(self, *files: Path) -> None:
         """Put files of the directory where they are kept, in this order."""
@@ -78,7 +98,8 @@ class Place:
         if not self.uri:
             return
         path = self.path
-        sizes = {entry.name: entry.num_bytes for entry in self.store.list()}
+        # What begins with a dot is of those who hold the run or try to, and comes and goes.
+        sizes = {e.name: e.num_bytes for e in self.store.list() if not e.name.startswith(".")}
         wanted = [name for name in sizes if without not in name.split("/")[:-1]]
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -126,6 +147,47 @@ class Place:
             )
         except FileNotFoundError as err:
             raise StorageError(f"{self}/{name} was removed while it was being fetched") from err
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Which holder of a run, counted from 1, something is written for.
+
+    A write that was under way as a later holder came is not undone: that one reads what it finds
+    and goes on from there.
+    """
+
+    run: Place
+    number: int
+
+    def check(self) -> None:
+        """Ask the run's lease.
+
+        Raises:
+            InterruptedRun: a later holder has come.
+            StorageError: the lease cannot be read.
+        """
+        try:
+            lease = json.loads(self.run.store.read(LEASE))
+            number, holder = int(lease["fence"]), str(lease["holder"])
+        except FileNotFoundError:
+            return
+        except (ValueError, TypeError, KeyError) as err:
+            raise bad_lease(self.run) from err
+        if number > self.number:
+            raise taken_over(self.run, holder)
+
+
+def taken_over(run: Place, holder: str) -> InterruptedRun:
+    return InterruptedRun(
+        f"run '{run.path.name}' was taken over by {holder}",
+        "",
+        "let that process end it, or choose another --name",
+    )
+
+
+def bad_lease(run: Place) -> StorageError:
+    return StorageError(f"{run}/{LEASE} is no lease", "", "remove it where nobody writes the run")
 
 
 def working_copy(uri: str, cache_dir: str | Path) -> Path:

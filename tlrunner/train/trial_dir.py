@@ -77,7 +77,10 @@ class TrialRecord:
 
 
 class TrialDir:
-    """The directory of one trial, for its one writer and for readers."""
+    """The directory of one trial, for its one writer and for readers.
+
+    What writes raises InterruptedRun where another process has taken over the run.
+    """
 
     def __init__(self, place: Place | Path) -> None:
         self.place = place if isinstance(place, Place) else Place(place)
@@ -97,6 +100,7 @@ class TrialDir:
         after_step: int = 0,
     ) -> None:
         """Start, or start once more behind an epoch: what was told of later ones is forgotten."""
+        self.place.checked_fence()
         write_json(self.path / "config.json", config.model_dump(mode="json"))
         lines = whole_lines(self.path / "metrics.jsonl")
         kept = [line for line in lines if EpochReport(**json.loads(line)).epoch <= after_epoch]
@@ -115,20 +119,24 @@ class TrialDir:
         notes = self.path / "notes.txt"
         known = notes.read_text(encoding="utf-8") if notes.exists() else ""
         if note not in known.splitlines():
+            self.place.checked_fence()
             write_text(notes, f"{known}{note}\n")
             self.place.save(notes)
 
     def keep(self, checkpoint: Path) -> None:
         """Save a checkpoint that is committed."""
+        self.place.checked_fence()
         self.place.save_directory(checkpoint, last=COMMIT)
 
     def keep_only(self, checkpoint: Path | None, num_last: int = 0) -> None:
         """Remove all but this checkpoint, which a line of the metrics speaks of, and the newest."""
         for other in others(self.checkpoints, checkpoint, num_last):
+            self.place.checked_fence()
             self.place.remove(other, first=COMMIT)
 
     def keep_weights(self) -> None:
         """Keep of all checkpoints the weights of the best epoch."""
+        self.place.checked_fence()
         best = self.read().best
         checkpoint = self.best_checkpoint(best) if best else None
         self.keep_only(checkpoint)
@@ -144,11 +152,13 @@ class TrialDir:
 
     def append(self, report: EpochReport) -> None:
         """One more line of metrics, on the disk when this returns."""
+        self.place.checked_fence()
         path = self.path / "metrics.jsonl"
         append_line(path, json.dumps(asdict(report), allow_nan=False))
         self.place.save(path)
 
     def end(self, state: State, detail: str = "") -> None:
+        self.place.checked_fence()
         write_json(self.path / "end.json", {"state": state, "detail": detail})
         self.place.save(self.path / "end.json")
 
@@ -162,6 +172,7 @@ class TrialDir:
             raise error from err  # the disk that fails is often what failed the trial
 
     def leave_traceback(self, error: BaseException) -> None:
+        self.place.checked_fence()
         write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
         self.place.save(self.path / "error.txt")
 

@@ -82,6 +82,7 @@ def with_best_backbones(
         names = ", ".join(searched_backbones(job))
         console.print(f"scoring {names}", soft_wrap=True)
         rows = _ranked(rank, *_scores(job, images, beside, rank.num_images))
+        run.checked_fence()
         write_json(run.path / RANK, {**rank.model_dump(), "backbones": rows})
         run.save(run.path / RANK)
     console.print(_table(rank, rows))

@@ -151,6 +151,7 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
         except Exception as err:
             if progress.error:
                 raise progress.error from err
+            search.run.checked_fence()  # which is then why
             raise
         finally:
             shutil.rmtree(ray_dir, ignore_errors=True)  # Ray's pickles, which nothing reads again

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.exceptions import RayError
 
-from tlrunner.errors import StorageError, TlrunnerError
+from tlrunner.errors import InterruptedRun, StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
 from tlrunner.train.beside import Beside
@@ -118,7 +118,7 @@ def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> boo
     """
     from tlrunner.train.attempts import is_hopeless, note_attempt, read_attempts
 
-    if isinstance(error, StorageError | RayError):
+    if isinstance(error, StorageError | InterruptedRun | RayError):
         return False
     if isinstance(error, TlrunnerError):
         return True
