@@ -66,20 +66,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON of a file that tlrunner wrote.
-
-    Raises:
-        StorageError: absent, unreadable, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise StorageError(
-            f"{path} cannot be read: {err}", "", "check the path and its permissions"
-        ) from err
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a file lock, which the system gives back however this process ends.

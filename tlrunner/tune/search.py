@@ -97,6 +97,7 @@ def _ranked(search: Search, console: Console) -> Search:
 def _run(search: Search, points: Points, spending: Spending, console: Console) -> None:
     job, ray_dir = search.job, search.run.path / ".ray"
     kept = num_last(job)
+    shutil.rmtree(ray_dir, ignore_errors=True)  # of a search that was killed, or put there
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(MOST_PENDING)
     with Progress(job, search.trials, search.num_trials, console) as progress:
         tuner = tune.Tuner(
