@@ -19,6 +19,7 @@ from pydantic import Field
 from tlrunner.config import TrialConfig
 from tlrunner.errors import StorageError, TlrunnerError
 from tlrunner.files import cannot_write, write_json, write_text
+from tlrunner.secrets import redacted
 from tlrunner.stored import FINITE, not_as_written, parse_stored, read_stored, stored_bytes
 from tlrunner.train.checkpoint import (
     COMMIT,
@@ -167,10 +168,11 @@ class TrialDir:
     def fail(self, error: BaseException) -> None:
         """Leave one line for the leaderboard, and the traceback for whoever mends it."""
         named = "" if isinstance(error, TlrunnerError) else f"{type(error).__name__}: "
+        told = redacted("".join(traceback.format_exception(error)))
         try:
-            write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
+            write_text(self.path / "error.txt", told)
             self.place.save(self.path / "error.txt")
-            self.end("failed", " ".join(f"{named}{error}".split())[:500])
+            self.end("failed", " ".join(redacted(f"{named}{error}").split())[:500])
         except StorageError as err:
             raise error from err  # the disk that fails is often what failed the trial
 

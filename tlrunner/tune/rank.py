@@ -19,6 +19,7 @@ from tlrunner.files import write_json
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
 from tlrunner.searchconfig import Distribution, RankConfig
+from tlrunner.secrets import redacted
 from tlrunner.stored import not_as_written
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
@@ -226,7 +227,10 @@ def _ranked(
         {"name": name, **asdict(scores[name]), "is_kept": place < rank.keep}
         for place, name in enumerate(names)
     ]
-    return [*rows, *({"name": n, "error": str(e), "is_kept": False} for n, e in errors.items())]
+    return [
+        *rows,
+        *({"name": n, "error": redacted(str(e)), "is_kept": False} for n, e in errors.items()),
+    ]
 
 
 def _table(rank: RankConfig, rows: Sequence[Mapping[str, Any]]) -> Table:

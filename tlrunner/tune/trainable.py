@@ -17,6 +17,7 @@ from ray import tune
 
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
+from tlrunner.secrets import without_secrets
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
@@ -95,6 +96,9 @@ def run_planned(
         )
     except Exception as err:  # the border: whatever it is, the trial's directory says so
         directory.fail(err)
+        told = without_secrets(err)  # Ray writes what it is told to files of its own
+        if told is not err:
+            raise told from None
         raise
 
 
