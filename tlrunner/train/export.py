@@ -113,6 +113,8 @@ def load(path: str | Path, cache_dir: str | Path = CACHE_DIR) -> Deployed:
     verify_commit(directory)
     config = read_config(directory)
     labels = read_stored(tuple[str, ...], directory / "labels.json")
+    if not labels:
+        raise not_as_written(directory / "labels.json", "no labels", "at least one")
     preprocess = read_stored(Preprocess, directory / "preprocess.json")
     architecture = config.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
     classifier, _ = build_classifier(architecture, config.head, len(labels), preprocess.image_size)
