@@ -139,10 +139,14 @@ def _check_fits(loop: Loop, resumed: Resumed) -> None:
         if value.shape not in (torch.Size(), shapes.get(key.partition("/")[2]))
         or key.partition("/")[2] not in shapes
     ]
-    random = torch.get_rng_state()
-    found = resumed.training.get("rng/cpu")
-    if found is None or (found.shape, found.dtype) != (random.shape, random.dtype):
-        unfit.append("rng/cpu")
+    devices = {"rng/cpu": torch.device("cpu")}
+    if loop.accelerator.device.type == "cuda" and "rng/cuda" in resumed.training:
+        devices["rng/cuda"] = loop.accelerator.device
+    unfit += [
+        name
+        for name, device in devices.items()
+        if not _is_random_state(resumed.training.get(name), device)
+    ]
     scaler, former = loop.accelerator.scaler, resumed.stood.scaler
     if scaler is not None and former and former.keys() != scaler.state_dict().keys():
         unfit.append("scaler")
@@ -154,6 +158,14 @@ def _check_fits(loop: Loop, resumed: Resumed) -> None:
             "a checkpoint of the same trial and versions",
             "start the run under another name",
         )
+
+
+def _is_random_state(state: Tensor | None, device: torch.device) -> bool:
+    try:
+        torch.Generator(device).set_state(state)  # type: ignore[arg-type]  # None is a TypeError
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
