@@ -290,3 +290,7 @@ def test_credentials_in_a_uri_are_refused_without_being_shown(key: str) -> None:
     assert "hush" not in str(caught.value)
     with pytest.raises(ConfigError, match=f"{key}: a URI with credentials"):
         load(TrainJob, None, [f"{key}=s3://AKIA123:hush@bucket/x"])
+    for query in ("X-Amz-Signature=hush", "user=me&password=hush", "access_token=hush"):
+        with pytest.raises(ConfigError, match=f"{key}: a URI with credentials") as caught:
+            load(TrainJob, None, [f"{key}=https://host/x?{query}"])
+        assert "hush" not in str(caught.value)

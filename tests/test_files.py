@@ -13,13 +13,13 @@ from tlrunner import errors
 from tlrunner.errors import StorageError, TlrunnerError, nearest
 from tlrunner.files import (
     canonical_json,
-    read_json,
     sha256_file,
     sha256_json,
     write_json,
     write_text,
     write_with,
 )
+from tlrunner.stored import read_stored
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -32,7 +32,7 @@ def test_what_is_written_as_json_reads_back(value: object) -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "deep" / "value.json"
         write_json(path, value)
-        assert read_json(path) == value
+        assert json.loads(path.read_text()) == value
         assert [path.name] == [file.name for file in path.parent.iterdir()]
 
 
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('{"a": ')
     for name in ("torn.json", "absent.json"):
         with pytest.raises(StorageError, match=name):
-            read_json(tmp_path / name)
+            read_stored(dict, tmp_path / name)
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])

@@ -17,6 +17,8 @@ RANKS = [
         "files",
         "configfile",
         "searchconfig",
+        "secrets",
+        "stored",
         "jobconfig",
         "uris",
         "machine",

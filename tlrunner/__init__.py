@@ -8,12 +8,17 @@ The layers, each importing only what stands before it:
     errors < config < data | model < train < tune < report < run < cli
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+from tlrunner.secrets import Redacting
 
 if TYPE_CHECKING:
     from tlrunner.train.export import load
 
 __all__ = ["load"]
+
+logging.getLogger("tlrunner").addFilter(Redacting())  # in every process, those of Ray too
 
 
 def __getattr__(name: str) -> Any:

@@ -338,7 +338,7 @@ class Preprocess(Section):
     [0, 1] are then normalised by `mean` and `std`, per RGB channel.
     """
 
-    image_size: int = Field(ge=1)
+    image_size: int = Field(ge=1, le=2048)
     """Side of the square that the model sees, in pixels."""
     crop_fraction: float = Field(gt=0, le=1)
     """Share of the short side that the crop keeps."""

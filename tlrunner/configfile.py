@@ -26,6 +26,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUES = 100_000  # in a config; aliases of YAML can make any number out of a few lines
 MAX_DEPTH = 32
+MAX_DIGITS = 1000
 MAX_WHOLE = 2**63  # beyond it neither tensors nor Parquet hold a number
 OPEN_MAPS = ("search.space",)  # below these, the rest of a dotted path is one key
 # Where, with what and how loudly a job runs; a run keeps its identity when it continues elsewhere.
@@ -58,6 +59,12 @@ class _Yaml(yaml.SafeLoader):
                 known.add((key.tag, key.value))
         return node
 
+    def construct_short_int(self, node: yaml.ScalarNode) -> int:
+        # One of 1:59:59:..., to base 60, takes time that grows with the square of its length.
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
+        return int(self.construct_yaml_int(node))
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what `_Yaml` or another reader of YAML would take for anything but a word."""
@@ -71,11 +78,12 @@ _Yaml.yaml_implicit_resolvers = {
 _Yaml.add_implicit_resolver(
     _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+_Yaml.add_constructor("tag:yaml.org,2002:int", _Yaml.construct_short_int)
 # It takes 1e-3 for a string as well.
 for _class in (_Yaml, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
         list("-+.0123456789"),
     )
 

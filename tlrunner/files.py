@@ -87,26 +87,6 @@ def append_line(path: Path, line: str) -> None:
         raise cannot_write(path, err) from err
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that end; none if there is no file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
-
-
-def read_json(path: Path) -> Any:
-    """Parsed JSON of a file that tlrunner wrote.
-
-    Raises:
-        StorageError: absent, unreadable, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise StorageError(
-            f"{path} cannot be read: {err}", "", "check the path and its permissions"
-        ) from err
-
-
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold a file lock, which the system gives back however this process ends.

@@ -27,11 +27,12 @@ from tlrunner.data.order import Rows, limit_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.sources import open_source
 from tlrunner.data.world import World
-from tlrunner.files import read_json, write_json, write_with
+from tlrunner.files import write_json, write_with
 from tlrunner.jobconfig import PredictJob
 from tlrunner.machine import num_cpus
 from tlrunner.report.rundir import check_empty, place_for
 from tlrunner.screen import preparing
+from tlrunner.stored import read_stored
 from tlrunner.train.device import keep_freed_memory
 from tlrunner.train.export import Deployed, load, local_model, read_config
 from tlrunner.train.feed import fits, in_reading_order, node_cache, split_data
@@ -39,6 +40,13 @@ from tlrunner.train.loop import ModelInput
 from tlrunner.uris import absolute
 
 SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """`metrics.json` of a model, as far as it is read back."""
+
+    data_sha256: str
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ def _truth(dataset: Dataset, rows_N: Rows, labels: tuple[str, ...]) -> NDArray[n
 def _splits(model: Path, config: TrialConfig, dataset: Dataset, rows_N: Rows) -> list[str | None]:
     """What each image was to the model; known only for the very images it was made from."""
     split_of: dict[int, str] = {}
-    if read_json(model / "metrics.json")["data_sha256"] == dataset.manifest.sha256:
+    if read_stored(_Origin, model / "metrics.json").data_sha256 == dataset.manifest.sha256:
         splits = split_data(config.data, dataset)
         for name in SPLITS:
             split_of |= dict.fromkeys(getattr(splits, name).tolist(), name)

@@ -5,12 +5,11 @@ fourth. Each takes its config, the job's name, a console, and whether it only sh
 do.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -34,7 +33,7 @@ from tlrunner.report.rundir import (
     read_trials,
     settled_before,
 )
-from tlrunner.report.summary import Judging
+from tlrunner.report.summary import Judging, read_summary
 from tlrunner.screen import preparing, show_summary
 from tlrunner.searchconfig import BudgetConfig, SearchConfig
 from tlrunner.signals import halting
@@ -321,7 +320,7 @@ def _finish(
 
 
 def _show_finished(run: RunDir, out: Console) -> int:
-    summary: dict[str, Any] = json.loads(run.place.store.read("summary.json"))
+    summary = read_summary(run.place)
     out.print(f"run {run.place} is finished already", highlight=False, soft_wrap=True)
     show_summary(summary, str(run.place), out)
     return exit_code(summary)

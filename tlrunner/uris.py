@@ -1,10 +1,14 @@
 """What a URI or a choice of weights names: pure functions of the string, nothing is looked at."""
 
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
 from tlrunner.errors import ConfigError
 
+_SECRET_IN_QUERY = re.compile(
+    r"[?&][\w-]*(password|passwd|secret|token|signature|api_?key)=", re.IGNORECASE
+)
 WEIGHTS_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
@@ -31,10 +35,12 @@ def absolute(uri: str) -> str:
 
 
 def has_credentials(uri: str) -> bool:
-    """Whether a URI carries a user name or a key before its host or bucket."""
+    """Whether a URI carries a user name or a key before its host or bucket, or in its query."""
     scheme, _, rest = uri.partition("://")
     place = rest.partition("/")[0]  # a secret may hold a slash, and then ends here
-    return "@" in place or (scheme == "s3" and ":" in place)
+    if "@" in place or (scheme == "s3" and ":" in place):
+        return True
+    return bool(_SECRET_IN_QUERY.search(rest))
 
 
 def is_weights_file(weights: str) -> bool:

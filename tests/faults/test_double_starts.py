@@ -17,7 +17,7 @@ from s3_servers import Bucket, use_endpoint
 
 from tlrunner.configfile import load
 from tlrunner.errors import InterruptedRun
-from tlrunner.files import read_json, write_json
+from tlrunner.files import write_json
 from tlrunner.jobconfig import JobConfig
 from tlrunner.report.rundir import begun_run, find_run
 from tlrunner.train.place import LEASE, place_at
@@ -61,7 +61,7 @@ def check_starts(runs: str, num_rounds: int, tmp_path: Path, caches: tuple[str, 
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    told = [read_json(tmp_path / f"{number}.json") for number in range(2)]
+    told = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     for number, both in enumerate(zip(*told, strict=True)):
         (winner,) = (one for one in both if one["won"])
         (loser,) = (one for one in both if not one["won"])

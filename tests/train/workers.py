@@ -1,5 +1,6 @@
 """Several workers of a trial without a cluster: processes that find each other by a file."""
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ from torch import multiprocessing
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.data.world import World
-from tlrunner.files import read_json, write_json
+from tlrunner.files import write_json
 from tlrunner.train import loop as loop_module
 from tlrunner.train.between import Due
 from tlrunner.train.images import Images
@@ -34,7 +35,7 @@ def run_in_workers(
     directory = root / str(size)
     directory.mkdir()
     multiprocessing.spawn(_worker, (size, configs, images, directory), nprocs=size)
-    told = [read_json(directory / f"reports-{rank}.json") for rank in range(size)]
+    told = [json.loads((directory / f"reports-{rank}.json").read_text()) for rank in range(size)]
     for others in told[1:]:
         assert [figures(t) for t in others] == [figures(t) for t in told[0]], "ranks disagree"
     return told[0]

@@ -26,6 +26,7 @@ _JPEG_SIGNATURE = b"\xff\xd8"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 _SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # with Huffman codes
 MIN_SIDE, MAX_ASPECT = 8, 50
+MAX_PIXELS = 1_000_000_000  # of what is stored, whatever a shard from elsewhere claims
 _JPEG_FORMATS = ("JPEG", "MPO")
 
 
@@ -170,8 +171,8 @@ class Encoded:
             self.size_hw = int.from_bytes(height, "big"), int.from_bytes(width, "big")
         else:
             raise BadImage("unreadable", "neither JPEG nor PNG")
-        if not all(self.size_hw):
-            raise BadImage("unreadable", "a header that says the image has no pixels")
+        if not 0 < math.prod(self.size_hw) <= MAX_PIXELS:
+            raise BadImage("unreadable", "a header that says it has no pixels, or too many")
 
     def decode_for(
         self, least_hw: tuple[int, int], bottom: float | None = None

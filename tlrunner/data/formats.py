@@ -8,6 +8,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 # Listed wherever Pillow opens something: left to guess, it hands EPS bytes to Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_SCANS = 500  # encoders make ten, or one for each of a few bits of each colour
+_START_OF_SCAN = b"\xff\xda"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 # Of broken metadata Pillow warns on stderr; what is wrong with an image is told by its reason.
@@ -16,9 +18,15 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def check_whole(data: bytes) -> None:
-    """Raise ValueError for a WebP cut short, which Pillow does not tell from other faults."""
+    """Raise ValueError for what Pillow would not, or only after a very long time.
+
+    That is a WebP cut short, and a progressive JPEG in scans without number: each takes a few
+    bytes, and as long to decode as the whole image.
+    """
     if data[8:12] == b"WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise ValueError("truncated WebP")
+    if data.startswith(b"\xff\xd8") and data.count(_START_OF_SCAN) > MAX_SCANS:
+        raise ValueError(f"a JPEG in more than {MAX_SCANS} scans")
 
 
 def bare(data: bytes) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tlrunner.configfile import shown
 from tlrunner.errors import StorageError
 from tlrunner.files import cannot_write, write_with
 
@@ -129,6 +130,20 @@ class LocalStore:
             path.unlink(missing_ok=True)
         except OSError as err:
             raise cannot_write(path, err) from err
+
+
+def check_name(name: str, uri: str) -> None:
+    """Check that a name found in a store is that of a file below a directory.
+
+    Raises:
+        StorageError: it leads elsewhere.
+    """
+    if "\0" in name or {"", ".", ".."} & set(name.split("/")):
+        raise StorageError(
+            f"{uri} holds {shown(name)}, which is no path below it",
+            "names without empty parts, . and ..",
+            "remove that object",
+        )
 
 
 WRONG_BYTES = "its bytes are not those that were written"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,7 @@ from tlrunner.data.threads import map_ahead
 from tlrunner.errors import DataError, StorageError
 from tlrunner.files import cannot_write, locked, sha256_json
 from tlrunner.machine import num_cpus
+from tlrunner.stored import not_as_written, parse_stored
 
 _WRITING = ".writing"
 MADE_NAME = "made_from.json"  # what a finished data set was made from
@@ -75,6 +77,17 @@ class _Done:
 
     num_seen: int = 0  # samples, bad ones included, in the order of writing
     shards: list[Shard] = field(default_factory=list)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    bad: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class _Noted:
+    """How far a data set came, in words of JSON; the identity alone of one that is whole."""
+
+    identity: str
+    num_seen: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, list[int]] = field(default_factory=dict)
     bad: list[dict[str, str]] = field(default_factory=list)
 
@@ -170,8 +183,9 @@ class _Writing:
             raise StorageError(
                 f"{self.store.uri} holds something already", "", "choose another name"
             )
-        found = json.loads(self.store.read(noted))
-        if found["identity"] != self.identity:
+        where = f"{self.store.uri}/{noted}"
+        found = parse_stored(_Noted, self.store.read(noted), where)
+        if found.identity != self.identity:
             raise StorageError(
                 f"{self.store.uri} was begun from other images or with other settings",
                 "the images and settings that it was begun with",
@@ -180,13 +194,16 @@ class _Writing:
         if MANIFEST_NAME in names:
             self.store.delete(UNFINISHED_NAME)
             return load_manifest(self.store)
-        shards = [parse_shard(shard) for shard in found["shards"]]
+        try:
+            shards = [parse_shard(shard) for shard in found.shards]
+        except (KeyError, TypeError, ValueError) as err:
+            raise not_as_written(where, f"{type(err).__name__}: {err}", "shards") from err
         absent = {shard.path for shard in shards} - names
         if absent:
             raise StorageError(
                 f"{self.store.uri} has lost {min(absent)}, which was finished", "", "delete it"
             )
-        return _Done(found["num_seen"], shards, found["counts"], found["bad"])
+        return _Done(found.num_seen, shards, found.counts, found.bad)
 
     def _write_shard(
         self,

@@ -5,6 +5,7 @@ from the disk again, and compared; `_SUCCESS` lists those hashes and is written 
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from tlrunner.data.dataset import Dataset
 from tlrunner.data.fetch import open_store
 from tlrunner.data.manifest import Manifest
 from tlrunner.data.write import BAD_NAME
-from tlrunner.files import read_json, sha256_text, write_json, write_text, write_with
+from tlrunner.files import sha256_text, write_json, write_text, write_with
 from tlrunner.report.page import render_page
 from tlrunner.report.rundir import SUCCESS, RunDir
 from tlrunner.report.summary import Judging, Status, leaderboard, leaderboard_csv, summarise
-from tlrunner.train.checkpoint import COMMIT, describe_file, verify_commit
+from tlrunner.train.checkpoint import COMMIT, Fact, committed, describe_file, verify_commit
 from tlrunner.train.export import export_model
 from tlrunner.tune.rank import RANK
 
@@ -78,14 +79,14 @@ def _succeed(run: RunDir, made: list[str], given: list[str]) -> None:
     if run.uri:  # what is local was hashed as it was read just now
         copied = {**{name: facts[name] for name in given}, **_committed(run.path / "best")}
         for name, fact in copied.items():
-            run.place.check(name, fact["sha256"])
+            run.place.check(name, fact.sha256)
     run.check_held()
-    write_json(run.path / SUCCESS, facts)
+    write_json(run.path / SUCCESS, {name: asdict(fact) for name, fact in facts.items()})
     run.place.save(run.path / SUCCESS)
 
 
-def _committed(best: Path) -> dict[str, Any]:
-    return {f"best/{name}": fact for name, fact in read_json(best / COMMIT).items()}
+def _committed(best: Path) -> dict[str, Fact]:
+    return {f"best/{name}": fact for name, fact in committed(best).items()}
 
 
 def exit_code(summary: dict[str, Any]) -> int:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from tlrunner.data.s3 import Patience, S3Store
 from tlrunner.errors import InterruptedRun, StorageError
-from tlrunner.files import cannot_write, read_json, write_json
+from tlrunner.files import cannot_write, write_json
+from tlrunner.stored import read_stored
 from tlrunner.train.place import LEASE, Fence, Place, bad_lease, taken_over
 
 RENEW_SECONDS = 5.0
@@ -126,13 +127,15 @@ def _locked_here(run: Place) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class _Former:
+    fence: int
+
+
 def _taken_here(run: Place) -> Lease:
     """The lease of a local run, whose lock this process holds."""
     path = run.path / LEASE
-    try:
-        former = int(read_json(path)["fence"]) if path.exists() else 0
-    except (ValueError, TypeError, KeyError) as err:
-        raise bad_lease(run) from err
+    former = read_stored(_Former, path).fence if path.exists() else 0
     write_json(path, {"fence": former + 1, "holder": _myself()})
     return Lease(Fence(run, former + 1))
 

@@ -7,7 +7,6 @@ directory never mixes the results of two searches.
 import datetime
 import errno
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -20,11 +19,13 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from tlrunner.config import CACHE_DIR, DataConfig
-from tlrunner.configfile import config_hash
+from tlrunner.configfile import config_hash, shown
 from tlrunner.errors import ConfigError, DataError, StorageError
 from tlrunner.files import cannot_write, write_json
 from tlrunner.jobconfig import OutputConfig
+from tlrunner.report.identity import TRIAL_ID, Identity, check_inside
 from tlrunner.report.lease import Lease, held
+from tlrunner.stored import not_as_written
 from tlrunner.train.checkpoint import is_whole
 from tlrunner.train.place import CHECKPOINTS, Place, place_at
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
@@ -73,9 +74,26 @@ class RunDir:
         return TrialDir(self.place.below("trials").below(trial_id))
 
     def records(self) -> list[TrialRecord]:
-        """Every trial that began, best first: by val_acc, then by val_loss, then by id."""
-        records = [TrialDir(file.parent).read() for file in self.trials.glob("*/config.json")]
-        return sorted(records, key=_rank)
+        """Every trial that began, best first: by val_acc, then by val_loss, then by id.
+
+        Raises:
+            StorageError: there is something that is no trial, or a trial that cannot be read.
+        """
+        begun = [TrialDir(path) for path in self.trial_paths() if (path / "config.json").exists()]
+        return sorted((trial.read() for trial in begun), key=_rank)
+
+    def trial_paths(self) -> list[Path]:
+        """The directories of trials, also of those that never began.
+
+        Raises:
+            StorageError: there is another one.
+        """
+        paths = sorted(self.trials.iterdir()) if self.trials.is_dir() else []
+        paths = [path for path in paths if path.is_dir()]
+        for path in paths:
+            if not TRIAL_ID.fullmatch(path.name):
+                raise not_as_written(self.trials, shown(path.name), "names of trials")
+        return paths
 
 
 def read_trials(uri: str, cache_dir: str) -> list[TrialRecord]:
@@ -86,6 +104,7 @@ def read_trials(uri: str, cache_dir: str) -> list[TrialRecord]:
     """
     place = place_at(uri, cache_dir)
     place.fetch(without=CHECKPOINTS)
+    check_inside(place.path)
     if not (place.path / "run.json").exists():
         raise StorageError(f"{place} holds no run.json", "the directory of a run")
     return RunDir(place.path, "", uri=place.uri).records()
@@ -150,12 +169,11 @@ def _check_writable(directory: Path) -> None:
 
 def settled_before(run: RunDir, data: DataConfig) -> DataConfig:
     """A config of images with what it leaves open as the run has it already, if it was begun."""
-    try:
-        begun = json.loads(run.place.store.read("run.json"))["config"]["data"]
-    except FileNotFoundError:
+    begun = run.place.read(Identity, "run.json")
+    if begun is None:
         return data
     left_open = [key for key in ("streaming", "decoded_cache") if getattr(data, key) == "auto"]
-    return data.model_copy(update={key: begun[key] for key in left_open})
+    return data.model_copy(update={key: getattr(begun.config.data, key) for key in left_open})
 
 
 @contextmanager
@@ -199,29 +217,26 @@ def begun_run(
 
 def _check_same(run: RunDir, images_sha256: str | None = None) -> None:
     """Refuse to continue another run, or to write into a directory that is no run."""
-    store = run.place.store
-    try:
-        other = json.loads(store.read("run.json"))
-    except FileNotFoundError:
+    check_inside(run.path)
+    other = run.place.read(Identity, "run.json")
+    if other is None:
         foreign = [name for name in _contents(run.place) if not name.startswith(".")]
         if foreign:
             raise ConfigError(
                 f"{run.place} holds {foreign[0]} and no run.json, so it is no run to continue",
                 "a run, an empty directory, or a new name",
                 "choose another --name",
-            ) from None
+            )
         return
-    except ValueError as err:
-        raise StorageError(f"{run.place}/run.json cannot be read: {err}") from err
-    if other.get("config_hash") != run.config_hash:
+    if other.config_hash != run.config_hash:
         parent = str(run.place).rpartition("/")[0]
         raise ConfigError(
             f"run '{run.path.name}' in {parent} was begun with another config "
-            f"(hash {other.get('config_hash')}, now {run.config_hash})",
+            f"(hash {other.config_hash:.40}, now {run.config_hash})",
             "the config it was begun with",
             "choose another --name, or remove that directory",
         )
-    if images_sha256 and other["data"]["manifest_sha256"] != images_sha256:
+    if images_sha256 and other.data.manifest_sha256 != images_sha256:
         raise DataError(
             f"the images changed since run '{run.path.name}' was begun",
             "the images it was begun on",
@@ -252,7 +267,7 @@ def _clear_unsettled(run: RunDir, anew: bool, goes_on: bool) -> list[TrialRecord
     ended = {r.trial_id: r for r in records if _is_kept(run, r)}
     broken_off = [r.trial_id for r in records if goes_on and r.state == "interrupted"]
     resumable = {name for name in broken_off if run.trial(name).to_go_on_from()}
-    for directory in sorted(run.trials.iterdir()) if run.trials.is_dir() else ():
+    for directory in run.trial_paths():
         if directory.name not in ended and directory.name not in resumable:
             run.place.remove(directory)
     return list(ended.values())

@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
+from tlrunner.config import TrialConfig
+from tlrunner.errors import StorageError
 from tlrunner.report.rundir import RunDir, installed_versions
+from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import State, TrialRecord
 
 Status = Literal["ok", "partial", "failed", "interrupted"]
@@ -156,6 +161,35 @@ def summarise(
         "reuse": _summarise_reuse(records),
         "versions": installed_versions(),
     }
+
+
+class _Best(BaseModel):
+    trial_id: str
+    config: TrialConfig
+    val_acc: float
+    epoch: int
+    repeats: Spread | None = None
+
+
+class _Summary(BaseModel):
+    """`summary.json`, as far as it is told once more."""
+
+    status: Status
+    trials: dict[str, int]
+    best: _Best | None
+    wall_seconds: float
+
+
+def read_summary(run: Place) -> dict[str, Any]:
+    """What `show_summary` tells of a run that is finished.
+
+    Raises:
+        StorageError: summary.json is absent, or not what a run writes.
+    """
+    summary = run.read(_Summary, "summary.json")
+    if summary is None:
+        raise StorageError(f"{run} holds no summary.json", "", "remove its _SUCCESS to end it anew")
+    return summary.model_dump()
 
 
 def _summarise_reuse(records: Sequence[TrialRecord]) -> dict[str, float]:

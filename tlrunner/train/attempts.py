@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from tlrunner.files import append_line, whole_lines
+from tlrunner.files import append_line
+from tlrunner.stored import parse_stored, whole_lines
 from tlrunner.train.place import Place
 
 ATTEMPTS = "attempts.jsonl"
@@ -36,7 +37,8 @@ def note_attempt(trial: Place, event: What, step: int, error: str = "") -> None:
 
 
 def read_attempts(trial: Place) -> list[Attempt]:
-    return [Attempt(**json.loads(line)) for line in whole_lines(trial.path / ATTEMPTS)]
+    path = trial.path / ATTEMPTS
+    return [parse_stored(Attempt, line, path) for line in whole_lines(path)]
 
 
 def is_hopeless(attempts: list[Attempt], max_failures: int) -> bool:

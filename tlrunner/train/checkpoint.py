@@ -8,6 +8,7 @@ size and SHA-256 of each file, so a reader can tell a whole checkpoint from a to
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tlrunner.configfile import shown
 from tlrunner.errors import StorageError
-from tlrunner.files import read_json, sha256_file, write_json, write_with
+from tlrunner.files import sha256_file, write_json, write_with
+from tlrunner.stored import not_as_written, read_stored
 
 COMMIT = "COMMIT.json"
 TENSORS = "trainable.safetensors"
 STATE = "state.json"
 TRAINING_STATE = "state.safetensors"
+NAME_PATTERN = r"^[0-9]{8,}-[0-9]+$"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a commit says of a file."""
+
+    num_bytes: int
+    sha256: str
 
 
 def write_checkpoint(
@@ -56,7 +68,8 @@ def read_checkpoint(
         StorageError: not committed, or a file is not what was committed (named).
     """
     verify_commit(directory)
-    return load_file(directory / TENSORS, device=device), read_json(directory / STATE)
+    state = read_stored(dict[str, Any], directory / STATE)
+    return load_tensors(directory / TENSORS, device), state
 
 
 def read_training_state(directory: Path) -> dict[str, Tensor]:
@@ -67,7 +80,7 @@ def read_training_state(directory: Path) -> dict[str, Tensor]:
     """
     if not (directory / TRAINING_STATE).is_file():
         raise StorageError(f"{directory} holds no {TRAINING_STATE}", "a checkpoint to go on from")
-    return load_file(directory / TRAINING_STATE)
+    return load_tensors(directory / TRAINING_STATE)
 
 
 def others(parent: Path, checkpoint: Path | None, num_last: int = 0) -> list[Path]:
@@ -98,8 +111,21 @@ def is_whole(checkpoint: Path) -> bool:
 
 def without_training_state(directory: Path) -> None:
     """Commit a checkpoint once more, as one of the weights alone."""
-    commit = read_json(directory / COMMIT)
-    write_json(directory / COMMIT, {n: fact for n, fact in commit.items() if n != TRAINING_STATE})
+    facts = committed(directory)
+    facts.pop(TRAINING_STATE, None)
+    _write_facts(directory, facts)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        StorageError: absent, or no such file.
+    """
+    try:
+        return load_file(path, device=device)
+    except (OSError, SafetensorError) as err:
+        raise not_as_written(path, str(err), "a safetensors file") from err
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -121,12 +147,27 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_commit(directory: Path) -> None:
     """Vouch for every other file in `directory`."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != COMMIT)
-    write_json(directory / COMMIT, {path.name: describe_file(path) for path in files})
+    _write_facts(directory, {path.name: describe_file(path) for path in files})
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and SHA-256, as a commit states them."""
-    return {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
+def describe_file(path: Path) -> Fact:
+    return Fact(path.stat().st_size, sha256_file(path))
+
+
+def committed(directory: Path) -> dict[str, Fact]:
+    """What COMMIT.json says of each file of a directory, by its name.
+
+    Raises:
+        StorageError: there is no commit, or it speaks of files elsewhere.
+    """
+    commit = directory / COMMIT
+    if not commit.is_file():
+        raise StorageError(f"{directory} holds no {COMMIT}", "a committed directory")
+    facts = read_stored(dict[str, Fact], commit)
+    for name in facts:
+        if Path(name).name != name or name == "..":
+            raise not_as_written(commit, shown(name), "the name of a file beside it")
+    return facts
 
 
 def verify_commit(directory: Path) -> None:
@@ -135,22 +176,24 @@ def verify_commit(directory: Path) -> None:
     Raises:
         StorageError: there is no commit, or a file is missing or differs.
     """
-    if not (directory / COMMIT).is_file():
-        raise StorageError(f"{directory} holds no {COMMIT}", "a committed directory")
-    for name, expected in read_json(directory / COMMIT).items():
+    for name, expected in committed(directory).items():
         path = directory / name
-        if Path(name).name != name or not path.is_file():
+        if not path.is_file():
             raise StorageError(f"{path} is missing", f"the files of {directory / COMMIT}")
         if describe_file(path) != expected:
             raise StorageError(
                 f"{path} differs from what was committed",
-                f"sha256 {expected['sha256']}",
+                f"sha256 {expected.sha256}",
                 "restore the file from a copy or run again",
             )
 
 
+def _write_facts(directory: Path, facts: Mapping[str, Fact]) -> None:
+    write_json(directory / COMMIT, {name: asdict(fact) for name, fact in facts.items()})
+
+
 def _directories(parent: Path, step: int | None = None) -> list[Path]:
-    pattern = re.compile(r"\d{8,}-\d+" if step is None else rf"{step:08d}-\d+")
+    pattern = re.compile(NAME_PATTERN if step is None else rf"{step:08d}-[0-9]+")
     if not parent.is_dir():
         return []
     return sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name))

@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tlrunner.config import CACHE_DIR, Preprocess, TrialConfig
-from tlrunner.configfile import validate
 from tlrunner.data.augment import EvalTransform
 from tlrunner.data.decode import (
     Decoded,
@@ -32,11 +30,13 @@ from tlrunner.data.decode import (
 )
 from tlrunner.data.manifest import Manifest
 from tlrunner.errors import StorageError
-from tlrunner.files import locked, read_json, write_json
+from tlrunner.files import locked, write_json
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import levels
+from tlrunner.stored import not_as_written, read_stored
 from tlrunner.train.checkpoint import (
     COMMIT,
+    load_tensors,
     read_checkpoint,
     save_tensors,
     verify_commit,
@@ -112,11 +112,17 @@ def load(path: str | Path, cache_dir: str | Path = CACHE_DIR) -> Deployed:
     directory = local_model(path, cache_dir)
     verify_commit(directory)
     config = read_config(directory)
-    labels = tuple(read_json(directory / "labels.json"))
-    preprocess = validate(Preprocess, read_json(directory / "preprocess.json"))
+    labels = read_stored(tuple[str, ...], directory / "labels.json")
+    if not labels:
+        raise not_as_written(directory / "labels.json", "no labels", "at least one")
+    preprocess = read_stored(Preprocess, directory / "preprocess.json")
     architecture = config.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
     classifier, _ = build_classifier(architecture, config.head, len(labels), preprocess.image_size)
-    classifier.load_state_dict(load_file(directory / "model.safetensors"))
+    weights = directory / "model.safetensors"
+    try:
+        classifier.load_state_dict(load_tensors(weights))
+    except RuntimeError as err:  # names or shapes that are not the model's
+        raise not_as_written(weights, str(err)[:200], "the tensors of that model") from err
     return Deployed(classifier.eval(), labels, ImageTransform(preprocess))
 
 
@@ -151,7 +157,7 @@ def _is_here(directory: Path, commit: bytes) -> bool:
 
 def read_config(directory: Path) -> TrialConfig:
     """The config that trained an exported model."""
-    return validate(TrialConfig, read_json(directory / "trial.json"))
+    return read_stored(TrialConfig, directory / "trial.json")
 
 
 def _picture(image: Any) -> Picture:

@@ -14,13 +14,17 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tlrunner.data.fetch import RANGE_BYTES, download, open_store, ranges
-from tlrunner.data.store import LocalStore, Store
+from tlrunner.data.store import LocalStore, Store, check_name
 from tlrunner.data.threads import map_ahead
 from tlrunner.errors import InterruptedRun, StorageError
 from tlrunner.files import cannot_write, sha256_text, write_with
+from tlrunner.stored import check_size, parse_stored
 from tlrunner.uris import local_path
+
+T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
 LEASE = ".lease.json"
@@ -61,6 +65,15 @@ class Place:
         self.fence.check()
         return self.fence.number
 
+    def read(self, kind: type[T], name: str) -> T | None:
+        """What a JSON file says where it is kept; None if there is none."""
+        store, where = self.store, f"{self}/{name}"
+        num_bytes = store.size(name)
+        if num_bytes is None:
+            return None
+        check_size(num_bytes, where)
+        return parse_stored(kind, store.read(name), where)
+
     def save(self, *files: Path) -> None:
         """Put files of the directory where they are kept, in this order."""
         if self.uri:
@@ -100,6 +113,8 @@ class Place:
         path = self.path
         # What begins with a dot is of those who hold the run or try to, and comes and goes.
         sizes = {e.name: e.num_bytes for e in self.store.list() if not e.name.startswith(".")}
+        for name in sizes:
+            check_name(name, self.uri)
         wanted = [name for name in sizes if without not in name.split("/")[:-1]]
         try:
             path.mkdir(parents=True, exist_ok=True)

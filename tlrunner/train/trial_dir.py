@@ -8,18 +8,29 @@ was not saved. A trial that has neither all its epochs nor an end.json was inter
 
 import json
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from tlrunner.config import TrialConfig
-from tlrunner.configfile import validate
 from tlrunner.errors import StorageError, TlrunnerError
-from tlrunner.files import append_line, read_json, whole_lines, write_json, write_text
+from tlrunner.files import append_line, write_json, write_text
+from tlrunner.secrets import redacted
+from tlrunner.stored import (
+    FINITE,
+    not_as_written,
+    parse_stored,
+    read_stored,
+    stored_bytes,
+    whole_lines,
+)
 from tlrunner.train.attempts import note_attempt
 from tlrunner.train.checkpoint import (
     COMMIT,
+    NAME_PATTERN,
     TRAINING_STATE,
     others,
     resumable,
@@ -34,7 +45,9 @@ State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
 class EpochReport:
     """The figures of a trial after one more epoch. All are plain Python numbers."""
 
-    epoch: int  # epochs finished, from 1
+    __pydantic_config__ = FINITE
+
+    epoch: Annotated[int, Field(ge=1)]  # epochs finished, from 1
     val_acc: float
     val_loss: float
     train_loss: float
@@ -43,10 +56,19 @@ class EpochReport:
     total_params: int
     latency_seconds: float  # for one image, on the device it trains on
     seconds: float  # since the trial began
-    checkpoint: str | None  # directory name of this epoch's checkpoint, if it has one
+    # directory name of this epoch's checkpoint, if it has one
+    checkpoint: Annotated[str, Field(pattern=NAME_PATTERN)] | None
     fill_seconds: float = 0.0  # so far, of computing what is kept of frozen stages
     saved_seconds: float = 0.0  # so far, that frozen stages would have taken for what was read
     reused_bytes: int = 0  # of the largest file that values were read from
+
+
+@dataclass(frozen=True)
+class End:
+    """How a trial ended: `end.json`."""
+
+    state: State
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,10 +125,10 @@ class TrialDir:
         self.place.checked_fence()
         write_json(self.path / "config.json", config.model_dump(mode="json"))
         lines = whole_lines(self.path / "metrics.jsonl")
-        kept = [line for line in lines if EpochReport(**json.loads(line)).epoch <= after_epoch]
+        kept = [line for line in lines if self._parsed(line).epoch <= after_epoch]
         changed = [self.path / "config.json"]
         if len(kept) < len(lines):
-            write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+            write_text(self.path / "metrics.jsonl", "".join(f"{line.decode()}\n" for line in kept))
             changed.append(self.path / "metrics.jsonl")
         if notes or (self.path / "notes.txt").exists():
             write_text(self.path / "notes.txt", "".join(f"{note}\n" for note in notes))
@@ -117,10 +139,10 @@ class TrialDir:
     def note(self, note: str) -> None:
         """One more thing that a reader of the trial's figures should know, said once."""
         notes = self.path / "notes.txt"
-        known = notes.read_text(encoding="utf-8") if notes.exists() else ""
-        if note not in known.splitlines():
+        known = self._notes()
+        if note not in known:
             self.place.checked_fence()
-            write_text(notes, f"{known}{note}\n")
+            write_text(notes, "".join(f"{line}\n" for line in (*known, note)))
             self.place.save(notes)
 
     def keep(self, checkpoint: Path) -> None:
@@ -159,7 +181,7 @@ class TrialDir:
 
     def end(self, state: State, detail: str = "") -> None:
         self.place.checked_fence()
-        write_json(self.path / "end.json", {"state": state, "detail": detail})
+        write_json(self.path / "end.json", asdict(End(state, detail)))
         self.place.save(self.path / "end.json")
 
     def fail(self, error: BaseException) -> None:
@@ -167,37 +189,48 @@ class TrialDir:
         named = "" if isinstance(error, TlrunnerError) else f"{type(error).__name__}: "
         try:
             self.leave_traceback(error)
-            self.end("failed", " ".join(f"{named}{error}".split())[:500])
+            self.end("failed", " ".join(redacted(f"{named}{error}").split())[:500])
         except StorageError as err:
             raise error from err  # the disk that fails is often what failed the trial
 
     def leave_traceback(self, error: BaseException) -> None:
         self.place.checked_fence()
-        write_text(self.path / "error.txt", "".join(traceback.format_exception(error)))
+        told = redacted("".join(traceback.format_exception(error)))
+        write_text(self.path / "error.txt", told)
         self.place.save(self.path / "error.txt")
 
     def best_checkpoint(self, report: EpochReport) -> Path:
-        assert report.checkpoint is not None, "a best epoch always has a checkpoint"
+        """The checkpoint that a best epoch always has.
+
+        Raises:
+            StorageError: it has none, so the line is not one that a trial wrote.
+        """
+        if report.checkpoint is None:
+            found = f"no checkpoint of the best epoch, {report.epoch}"
+            raise not_as_written(self.path / "metrics.jsonl", found, "its name")
         return self.checkpoints / report.checkpoint
 
     def read(self) -> TrialRecord:
-        """The record so far. A line torn by a kill is the last one and is left out."""
-        config = validate(TrialConfig, read_json(self.path / "config.json"))
+        """The record so far. A line torn by a kill is the last one and is left out.
+
+        Raises:
+            StorageError: a file is not what a trial writes.
+        """
+        config = read_stored(TrialConfig, self.path / "config.json")
         epochs = self._epochs()
         is_whole = bool(epochs) and epochs[-1].epoch == config.train.epochs
-        end: Mapping[str, Any] = {"state": "completed" if is_whole else "interrupted"}
+        end = End("completed" if is_whole else "interrupted")
         if (self.path / "end.json").exists():
-            end = read_json(self.path / "end.json")
-        notes = self.path / "notes.txt"
-        return TrialRecord(
-            self.path.name,
-            config,
-            epochs,
-            end["state"],
-            end.get("detail", ""),
-            tuple(notes.read_text(encoding="utf-8").splitlines()) if notes.exists() else (),
-        )
+            end = read_stored(End, self.path / "end.json")
+        return TrialRecord(self.path.name, config, epochs, end.state, end.detail, self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        path = self.path / "notes.txt"
+        text = stored_bytes(path) if path.exists() else b""
+        return tuple(text.decode(errors="replace").splitlines())
 
     def _epochs(self) -> tuple[EpochReport, ...]:
-        lines = whole_lines(self.path / "metrics.jsonl")
-        return tuple(EpochReport(**json.loads(line)) for line in lines)
+        return tuple(map(self._parsed, whole_lines(self.path / "metrics.jsonl")))
+
+    def _parsed(self, line: bytes) -> EpochReport:
+        return parse_stored(EpochReport, line, self.path / "metrics.jsonl")

@@ -1,5 +1,6 @@
 """The Ray cluster: the connection to it, what its nodes see, and how many trials fit on it."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -9,10 +10,12 @@ from pathlib import Path
 import ray
 from ray._private.state import state as ray_state
 from ray.exceptions import RayError
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tlrunner.config import ResourceConfig
 from tlrunner.errors import ResourceError, StorageError
+from tlrunner.secrets import Redacting
 from tlrunner.tune.plan import Machine, grant, num_places
 
 # Ray reads these when it starts: the project has its own table, its own records and its own way to
@@ -25,6 +28,12 @@ RAY_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+AWS_SECRETS = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+}
 
 
 @contextmanager
@@ -35,6 +44,8 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
         ResourceError: there is one, and it cannot be reached.
     """
     os.environ.update(RAY_SETTINGS)
+    # Tune would hand these on to trials, and Ray write them to its logs. Nodes have their own.
+    ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -51,6 +62,8 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
         ) from err
     except SystemExit as err:  # of Ray's handler of a SIGTERM that came meanwhile
         raise KeyboardInterrupt from err
+    for handler in logging.getLogger("ray").handlers:  # it shows the traceback of a trial
+        handler.addFilter(Redacting())
     # Ray's own SIGTERM handlers exit or abort at once; the one before ends the run in order.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:

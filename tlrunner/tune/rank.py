@@ -3,13 +3,13 @@
 What was found is kept in the run's `rank.json`, so that a continued run has the same backbones.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +19,8 @@ from tlrunner.files import write_json
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
 from tlrunner.searchconfig import Distribution, RankConfig
+from tlrunner.secrets import redacted
+from tlrunner.stored import not_as_written
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import Place
@@ -76,9 +78,8 @@ def with_best_backbones(
     """
     rank = job.search.rank
     assert rank is not None, "the caller asks for a ranking"
-    try:
-        rows = json.loads(run.store.read(RANK))["backbones"]
-    except FileNotFoundError:
+    rows = _ranked_before(job, run)
+    if rows is None:
         names = ", ".join(searched_backbones(job))
         console.print(f"scoring {names}", soft_wrap=True)
         rows = _ranked(rank, *_scores(job, images, beside, rank.num_images))
@@ -87,6 +88,42 @@ def with_best_backbones(
         run.save(run.path / RANK)
     console.print(_table(rank, rows))
     return restricted(job, [row["name"] for row in rows if row["is_kept"]])
+
+
+class _Scored(BaseModel):
+    name: str
+    log_me: float
+    h_score: float
+    ridge_accuracy: float
+    seconds: float
+    is_kept: bool
+
+
+class _Unscored(BaseModel):
+    name: str
+    error: str
+    is_kept: Literal[False]
+
+
+class _Ranking(BaseModel):
+    """`rank.json`, as far as it is read back."""
+
+    backbones: tuple[_Scored | _Unscored, ...]
+
+
+def _ranked_before(job: JobConfig, run: Place) -> list[dict[str, Any]] | None:
+    """The rows that a continued run has already.
+
+    Raises:
+        StorageError: they are not of this search.
+    """
+    found = run.read(_Ranking, RANK)
+    if found is None:
+        return None
+    kept = {row.name for row in found.backbones if row.is_kept}
+    if not kept or not kept <= set(searched_backbones(job)):
+        raise not_as_written(f"{run}/{RANK}", f"kept are {sorted(kept)}", "backbones searched")
+    return [row.model_dump() for row in found.backbones]
 
 
 def restricted(job: JobConfig, names: Sequence[str]) -> JobConfig:
@@ -191,7 +228,10 @@ def _ranked(
         {"name": name, **asdict(scores[name]), "is_kept": place < rank.keep}
         for place, name in enumerate(names)
     ]
-    return [*rows, *({"name": n, "error": str(e), "is_kept": False} for n, e in errors.items())]
+    return [
+        *rows,
+        *({"name": n, "error": redacted(str(e)), "is_kept": False} for n, e in errors.items()),
+    ]
 
 
 def _table(rank: RankConfig, rows: Sequence[Mapping[str, Any]]) -> Table:

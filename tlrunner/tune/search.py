@@ -129,6 +129,7 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
     job, ray_dir = search.job, search.run.path / ".ray"
     kept = num_last(job)
     bell = hang_bell()
+    shutil.rmtree(ray_dir, ignore_errors=True)  # of a search that was killed, or put there
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(MOST_PENDING)
     with Progress(job, search.trials, search.num_trials, console, search.is_halted) as progress:
         tuner = tune.Tuner(

@@ -22,6 +22,7 @@ from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 
 from tlrunner.errors import ConfigError
 from tlrunner.jobconfig import JobConfig, TrackConfig
+from tlrunner.secrets import redacted
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport
 from tlrunner.tune.space import Point
@@ -192,7 +193,7 @@ def _say_lost(name: str, shown: Shown, err: Exception) -> None:
 
 def _one_line(err: Exception) -> str:
     cause = getattr(err, "cause", None) or err  # of an error that Ray brings from another process
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    return f"{type(cause).__name__}: {' '.join(redacted(str(cause)).split())[:300]}"
 
 
 def _shown(run: Place, trial_id: str, index: int, point: Point, **_: Any) -> Shown:
@@ -266,7 +267,7 @@ def _mlflow(uri: str, run: Place) -> Told:
         logger.setup()
     except Exception as err:  # the border: stores and servers have errors of their own
         raise ConfigError(
-            f"track.mlflow_uri is {uri}, and MLflow cannot use it: {str(err)[:300]}",
+            f"track.mlflow_uri is {uri}, and MLflow cannot use it: {redacted(str(err))[:300]}",
             "the URI of an MLflow server, or sqlite:///FILE",
         ) from err
 

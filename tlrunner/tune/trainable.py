@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from tlrunner.errors import InterruptedRun, StorageError, TlrunnerError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
+from tlrunner.secrets import redacted, without_secrets
 from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
@@ -108,6 +109,9 @@ def run_planned(
             directory.fail(err)
             return
         directory.leave_traceback(err)
+        told = without_secrets(err)  # Ray writes what it is told to files of its own
+        if told is not err:
+            raise told from None
         raise  # for Ray to start the trial again
 
 
@@ -124,7 +128,8 @@ def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> boo
         return True
     attempts = read_attempts(directory.place)
     step = next((a.step for a in reversed(attempts) if a.event == "started"), 0)
-    note_attempt(directory.place, "failed", step, f"{type(error).__name__}: {error}"[:500])
+    told = redacted(f"{type(error).__name__}: {error}")[:500]
+    note_attempt(directory.place, "failed", step, told)
     return is_hopeless(read_attempts(directory.place), max_failures)
 
 
