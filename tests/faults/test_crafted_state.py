@@ -181,11 +181,11 @@ def checkpoint(broken_off: Path) -> Checkpoint:
     [
         *NO_STATE.values(),
         b"{}",
-        b'{"epoch": -1, "seconds": 1}',
-        b'{"epoch": 1, "seconds": NaN}',
-        b'{"epoch": 1, "seconds": 1, "begun": {"num_batches": "x"}}',
-        b'{"epoch": 1, "seconds": 1, "begun": [[]]}',
-        b'{"epoch": 1, "seconds": 1, "ema_steps": {}}',
+        b'{"step": 1, "epoch": -1, "seconds": 1}',
+        b'{"step": 1, "epoch": 1, "seconds": NaN}',
+        b'{"step": 1, "epoch": 1, "seconds": 1, "begun": {"num_batches": "x"}}',
+        b'{"step": 1, "epoch": 1, "seconds": 1, "begun": [[]]}',
+        b'{"step": 1, "epoch": 1, "seconds": 1, "ema_steps": {}}',
     ],
     ids=lambda content: repr(content[:40]),
 )
@@ -199,7 +199,8 @@ def test_a_checkpoint_whose_state_is_another_is_refused(
 def test_a_checkpoint_of_more_epochs_than_there_are_is_refused(
     train_job: Job, checkpoint: Checkpoint, capsys: Captured
 ) -> None:
-    checkpoint.put("state.json", b'{"epoch": 99, "seconds": 1}')
+    state = json.loads((checkpoint.path / "state.json").read_text())
+    checkpoint.put("state.json", json.dumps({**state, "epoch": 99}).encode())
     refused(train_job, capsys, "epoch 99")
 
 

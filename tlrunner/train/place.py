@@ -111,10 +111,11 @@ class Place:
         if not self.uri:
             return
         path = self.path
-        # What begins with a dot is of those who hold the run or try to, and comes and goes.
-        sizes = {e.name: e.num_bytes for e in self.store.list() if not e.name.startswith(".")}
+        sizes = {entry.name: entry.num_bytes for entry in self.store.list()}
         for name in sizes:
             check_name(name, self.uri)
+        # What begins with a dot is of those who hold the run or try to, and comes and goes.
+        sizes = {name: size for name, size in sizes.items() if not name.startswith(".")}
         wanted = [name for name in sizes if without not in name.split("/")[:-1]]
         try:
             path.mkdir(parents=True, exist_ok=True)
