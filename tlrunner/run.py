@@ -90,10 +90,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
             job, images = _prepared(job, run, [t.config for t in trials], out)
             # A population is trained together or not at all.
             anew = job.search.scheduler == "pbt"
-            goes_on = job.search.algorithm != "tpe"
-            run, ended = held.enter_context(
-                _begun(run, job, images, out, anew=anew, goes_on=goes_on)
-            )
+            run, ended = held.enter_context(_begun(run, job, images, out, anew=anew))
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
             try:
@@ -241,14 +238,13 @@ def _begun(
     out: Console,
     *,
     anew: bool = False,
-    goes_on: bool = True,
 ) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """The run's directory, ours from here on, with a log and the list of unusable images in it.
 
     Yields the trials that ended before, too; none if they are to run `anew`.
     """
     sha256 = images.manifest.sha256
-    with begun_run(run, job, sha256, anew=anew, goes_on=goes_on) as (run, ended):
+    with begun_run(run, job, sha256, anew=anew) as (run, ended):
         _log_to(run)
         copy_bad_images(images, run)
         kept = f": {len(ended)} trials are done already" if ended else ""

@@ -193,3 +193,16 @@ def test_a_repeat_is_no_candidate(val_acc: float) -> None:
     job = job_of(final_repeats=2)
     config = trial_at(job, 0, {**random_point(job, 0), "train.seed": 5}).config
     assert candidates(job, [record_of(0, config, val_acc)]) == []
+
+
+def test_tpe_asks_again_for_the_trials_that_were_broken_off() -> None:
+    job = job_of(algorithm="tpe", budget={"num_trials": 6})
+    configs = [trial_at(job, index, random_point(job, index)).config for index in range(4)]
+    ended = [record_of(index, config, 0.5) for index, config in enumerate(configs[:2])]
+    broken_off = [record_of(index, configs[index], 0.1) for index in (3, 2)]
+    points = OptunaPoints(job, ended, [], broken_off)
+    asked = [points.ask() for _ in range(5)]
+    assert [pair and pair[0] for pair in asked] == [3, 2, 4, 5, None]
+    for index, point in asked[:2]:
+        assert trial_at(job, index, point).config == configs[index]
+    points.tell(3, lambda: record_of(3, configs[3], 0.9))

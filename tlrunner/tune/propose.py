@@ -61,19 +61,28 @@ class OptunaPoints:
     """A tree-structured Parzen estimator (Bergstra et al., 2011), over one objective or two."""
 
     def __init__(
-        self, job: JobConfig, own: Sequence[TrialRecord], other: Sequence[TrialRecord]
+        self,
+        job: JobConfig,
+        own: Sequence[TrialRecord],
+        other: Sequence[TrialRecord],
+        broken_off: Sequence[TrialRecord] = (),
     ) -> None:
-        """`own`: trials of this search that ended before; `other`: those of an earlier run."""
+        """`own`: trials of this search that ended before; `other`: those of an earlier run.
+
+        `broken_off`: those of this search that are to go on.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.job = job
         self.directions = ["maximize", *(["minimize"] if job.search.trade_off else [])]
-        self.first_index = max((record.index for record in own), default=-1) + 1
+        self.broken_off = list(broken_off)
+        begun = [*own, *broken_off]
+        self.next_index = max((record.index for record in begun), default=-1) + 1
         self.num_left = (num_trials_of(job) or 10**9) - len(own)
         self.study = optuna.create_study(
             directions=self.directions,
             # What runs beside a point is taken to do badly, so that its neighbours wait for it.
             sampler=optuna.samplers.TPESampler(
-                seed=(job.search.seed or 0) + self.first_index, constant_liar=True
+                seed=(job.search.seed or 0) + self.next_index, constant_liar=True
             ),
         )
         self.num_learnt = sum(self._learn(record) for record in [*other, *own])
@@ -83,7 +92,12 @@ class OptunaPoints:
         if self.num_left <= 0:
             return None
         self.num_left -= 1
-        index = self.first_index + len(self.asked)
+        if self.broken_off:
+            record = self.broken_off.pop(0)
+            index, found = record.index, located(self.job, record.config) or {}
+            self.study.enqueue_trial({n: _as_param(*of) for n, of in found.items()})
+        else:
+            index, self.next_index = self.next_index, self.next_index + 1
         self.asked[index] = self.study.ask()
         return index, suggest_point(self.job, self.asked[index])
 

@@ -80,10 +80,14 @@ def run_search(search: Search, console: Console) -> None:
         search = _ranked(search, console)
     job = search.job
     has_repeats = bool(job.search.final_repeats)  # whose seeds then tell them from the others
-    ended = [r for r in search.ended if not has_repeats or r.config.train.seed == job.train.seed]
+
+    def is_own(record: TrialRecord) -> bool:
+        return not has_repeats or record.config.train.seed == job.train.seed
+
+    ended = [record for record in search.ended if is_own(record)]
     spent = sum(record.epochs[-1].seconds for record in search.ended if record.epochs)
     spending = Spending(job, search.started, spent, has_repeats=has_repeats)
-    _run(search, _points(search, ended), spending, console)
+    _run(search, _points(search, ended, is_own), spending, console)
     if has_repeats and (best := candidates(job, [d.read() for d in _begun(search.trials)])):
         console.print(f"repeating {', '.join(record.trial_id for record in best)}", highlight=False)
         points = repeats_of(job, best)
@@ -210,9 +214,14 @@ def _resources(job: JobConfig) -> dict[str, float]:
     return {"cpu": resources.cpus_per_worker, "gpu": resources.gpus_per_worker or 0}
 
 
-def _points(search: Search, ended: Sequence[TrialRecord]) -> Points:
+def _points(
+    search: Search, ended: Sequence[TrialRecord], is_own: Callable[[TrialRecord], bool]
+) -> Points:
+    """`is_own`: whether a trial is one of these points, and not a repeat of the best."""
     if search.job.search.algorithm == "tpe":
-        return OptunaPoints(search.job, ended, search.earlier)
+        records = [directory.read() for directory in _begun(search.trials)]
+        broken_off = [r for r in records if r.state == "interrupted" and is_own(r)]
+        return OptunaPoints(search.job, ended, search.earlier, broken_off)
     points = enumerate(iter_points(search.job))
     if not num_last(search.job):
         return ListedPoints(points)
