@@ -28,6 +28,7 @@ CHECKPOINT_SECONDS, EPOCHS, NUM_TRIALS = 0.5, 10, 4
 NODE = "TLRUNNER_FAULTS_NODE"  # environment variable of all processes of one node
 CLOCK = """
 import datetime, os, time
+import pandas  # its C cannot be imported where datetime is no longer C's own
 
 off = int(os.environ["TLRUNNER_CLOCK"])
 true_time, true_time_ns, true_datetime = time.time, time.time_ns, datetime.datetime
@@ -85,13 +86,18 @@ class Ground:
                 found.bind(("127.0.0.1", 0))
                 self.environment["RAY_ADDRESS"] = f"127.0.0.1:{found.getsockname()[1]}"
         _, _, port = self.environment["RAY_ADDRESS"].partition(":")
-        place = ["--head", f"--port={port}", f"--temp-dir={self.environment['RAY_TMPDIR']}/ray"]
+        place = [
+            "--head",
+            "--include-dashboard=false",
+            f"--port={port}",
+            f"--temp-dir={self.environment['RAY_TMPDIR']}/ray",
+        ]
         if self.nodes:
             place = [f"--address={self.environment['RAY_ADDRESS']}"]
         name = f"{self.environment[MARK]}-{port}-{len(self.nodes)}"
         said = self.root / f"{name}.txt"
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
-        command += ["--include-dashboard=false", "--disable-usage-stats", *place]
+        command += ["--disable-usage-stats", *place]
         with said.open("wb") as output:
             environment = {**self.environment, NODE: name}
             node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)

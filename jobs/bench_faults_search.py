@@ -243,7 +243,8 @@ class Search:
         num_starts = sum(event["event"] == "started" for event in trial.events)
         if trial.done and trial.done != (text, num_starts):
             self.note(TWICE, f"trial {trial_id} was told as done, and started again")
-        if trial.done or self._is_told(trial_id):
+            trial.done = None
+        if self._is_told(trial_id):
             trial.done = (text, num_starts)
 
     def _is_told(self, trial_id: str) -> bool:
@@ -261,7 +262,7 @@ class Search:
     # -- What is promised --------------------------------------------------------------------------
     def training(self) -> list[str]:
         """The trials that have left a checkpoint since the latest fault, and did not end."""
-        since = self.fault_at
+        since = max(self.fault_at, self.outputs[self.process.pid][1])
         return [
             trial_id
             for trial_id, trial in self.trials.items()
