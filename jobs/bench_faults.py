@@ -48,7 +48,7 @@ from bench_faults_search import (
     Verdict,
 )
 
-RECOVER_SECONDS = 90.0  # for a trial to train again behind a fault
+RECOVER_SECONDS = 180.0  # for a trial to train again behind a fault, where it is slow
 MOST_STARTS = 40  # before a search is given up
 DAY_SECONDS = 86_400
 
@@ -91,7 +91,7 @@ def terminate_driver(search: Search, place: Ground, chance: random.Random) -> st
 def kill_node(search: Search, place: Ground, chance: random.Random) -> str:
     place.kill_node(len(place.nodes) - 1)
     place.nodes[-1].wait()
-    place.start_node()
+    place.start_node(search.look)
     return "killed, and there is another"
 
 

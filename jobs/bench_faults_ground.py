@@ -11,20 +11,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_faults_search import MARK, ROOT, end_processes, processes
-
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # has the one proxy that spoils S3; it needs nothing else
-from fault_proxy import FaultProxy
+from fault_proxy import FaultProxy  # noqa: E402
 
 BUCKET = "faults"
 ROOMY_BYTES = 1 << 30
 CHECKPOINT_SECONDS, EPOCHS, NUM_TRIALS = 0.5, 10, 4
+LOOK_SECONDS = 0.2
+MARK = "TLRUNNER_FAULTS"  # environment variable of all processes of a search
 NODE = "TLRUNNER_FAULTS_NODE"  # environment variable of all processes of one node
 CLOCK = """
 import datetime, os, time
@@ -79,8 +80,11 @@ class Ground:
             "search": {**search, "budget": {"num_trials": self.num_trials}},
         }
 
-    def start_node(self) -> None:
-        """One more node of one CPU, the first as head; in the environment is how to reach it."""
+    def start_node(self, look: Callable[[], object] = lambda: None) -> None:
+        """One more node of one CPU, the first as head; in the environment is how to reach it.
+
+        `look` is called until it is up.
+        """
         if not self.nodes:
             with socket.socket() as found:
                 found.bind(("127.0.0.1", 0))
@@ -105,7 +109,8 @@ class Ground:
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in said.read_text():
             assert time.monotonic() < deadline, said.read_text()
-            time.sleep(0.2)
+            look()
+            time.sleep(LOOK_SECONDS)
 
     def kill_node(self, number: int) -> None:
         """The node goes at once; `ray start` sees that and clears up behind it."""
@@ -186,3 +191,27 @@ def _prepare(place: Ground, held: ExitStack) -> None:
     elif place.name == "cluster":
         for _ in range(2):
             place.start_node()
+
+
+def processes(variable: str, value: str) -> dict[int, str]:
+    """Processes that were started, however indirectly, with a variable; their command lines."""
+    found, setting = {}, f"{variable}={value}".encode()
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if setting in (directory / "environ").read_bytes().split(b"\0"):
+                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(directory.name)] = command.decode(errors="replace").strip()
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def end_processes(variable: str, value: str) -> None:
+    """End what is left of them."""
+    while left := processes(variable, value).keys() - {os.getpid()}:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(LOOK_SECONDS)

@@ -9,9 +9,7 @@ import csv
 import hashlib
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -21,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench_faults_ground import LOOK_SECONDS, MARK, ROOT, processes
+
 from tlrunner.data.fetch import open_store
 from tlrunner.errors import StorageError
 
-ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "jobs" / "tune_flowers.py"
-MARK = "TLRUNNER_FAULTS"  # environment variable of all processes of a search
-LOOK_SECONDS = 0.2
 HANG_SECONDS = 60.0
 TOLERANCE_SECONDS = 5.0  # for a checkpoint to be written, on a machine that does more
 COMMITTED = re.compile(r"(?P<trial>[^/]+)/checkpoints/(?P<step>\d+)-\d+/COMMIT\.json")
@@ -51,7 +48,7 @@ class Verdict:
 
     faults: Counter[str] = field(default_factory=Counter)
     broken: list[tuple[str, str, str]] = field(default_factory=list)  # kind, promise, what was seen
-    redone_steps: dict[str, int] = field(default_factory=dict)  # the most of a kind
+    redone_steps: dict[str, float] = field(default_factory=dict)  # the most of a kind
     redone_seconds: dict[str, float] = field(default_factory=dict)
     checkpoint_age: dict[str, float] = field(default_factory=dict)
 
@@ -70,6 +67,7 @@ class Seen:
     events: list[dict[str, Any]] = field(default_factory=list)
     started_at: float = 0.0
     at_fault: int = 0  # step of the newest checkpoint when the latest fault came
+    was_training: bool = False  # then, and did not start since
     done: tuple[bytes, int] | None = None  # metrics and number of starts, when it was told as done
 
     @property
@@ -224,11 +222,10 @@ class Search:
             if event["step"] < trial.at_fault:
                 text = f"trial {trial_id} went on from step {event['step']} with {trial.at_fault}"
                 self._redone(trial, text, event["step"])
-            if trial.started_at:
-                saved_at = trial.committed_at.get(event["step"], trial.started_at)
-                most = self.verdict.redone_seconds
-                most[self.kind] = max(most.get(self.kind, 0.0), self.fault_at - saved_at)
-            trial.started_at = now
+            if trial.was_training:
+                saved_at = trial.committed_at.get(event["step"], now)
+                worst(self.verdict.redone_seconds, self.kind, self.fault_at - saved_at)
+            trial.started_at, trial.was_training = now, False
         trial.events = events
 
     def _see_metrics(self, trial_id: str, trial: Seen) -> None:
@@ -254,8 +251,7 @@ class Search:
     def _redone(self, trial: Seen, text: str, step: int) -> None:
         """A trial went on from before its newest checkpoint; it is told once."""
         self.note(REDONE, text)
-        most = self.verdict.redone_steps
-        most[self.kind] = max(most.get(self.kind, 0), trial.newest - step)
+        worst(self.verdict.redone_steps, self.kind, trial.newest - step)
         trial.committed_at = {s: at for s, at in trial.committed_at.items() if s <= step}
         trial.at_fault = min(trial.at_fault, step)
 
@@ -293,12 +289,11 @@ class Search:
         self.verdict.faults[kind] += 1
         for trial_id in training:
             age = now - self.trials[trial_id].newest_at
-            most = self.verdict.checkpoint_age
-            most[kind] = max(most.get(kind, 0.0), age)
+            worst(self.verdict.checkpoint_age, kind, age)
             if age > self.checkpoint_seconds + TOLERANCE_SECONDS:
                 self.note(LATE, f"the newest of trial {trial_id} was {age:.1f} s old at the fault")
-        for trial in self.trials.values():
-            trial.at_fault = trial.newest
+        for trial_id, trial in self.trials.items():
+            trial.at_fault, trial.was_training = trial.newest, trial_id in training
         self.fault_at = self.moved_at = now
 
     def has_ended(self) -> bool:
@@ -342,25 +337,5 @@ class Search:
         return open_store(self.uri).size(name) is not None
 
 
-def processes(variable: str, value: str) -> dict[int, str]:
-    """Processes that were started, however indirectly, with a variable; their command lines."""
-    found, setting = {}, f"{variable}={value}".encode()
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if setting in (directory / "environ").read_bytes().split(b"\0"):
-                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
-                found[int(directory.name)] = command.decode(errors="replace").strip()
-        except OSError:
-            continue  # it ended meanwhile
-    return found
-
-
-def end_processes(variable: str, value: str) -> None:
-    """End what is left of them."""
-    while left := processes(variable, value).keys() - {os.getpid()}:
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(LOOK_SECONDS)
+def worst(values: dict[str, float], kind: str, value: float) -> None:
+    values[kind] = max(values.get(kind, 0.0), value)
