@@ -1,0 +1,217 @@
+"""Where the searches of `bench_faults.py` run, and what can be broken there.
+
+A local Ray, with one or two workers a trial; a Ray cluster of two nodes; a run in S3, behind a
+proxy that spoils requests; a run on a file system whose size can be changed.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))  # has the one proxy that spoils S3; it needs nothing else
+from fault_proxy import FaultProxy  # noqa: E402
+
+BUCKET = "faults"
+ROOMY_BYTES = 1 << 30
+CHECKPOINT_SECONDS, EPOCHS, NUM_TRIALS = 0.5, 10, 4
+LOOK_SECONDS = 0.2
+MARK = "TLRUNNER_FAULTS"  # environment variable of all processes of a search
+NODE = "TLRUNNER_FAULTS_NODE"  # environment variable of all processes of one node
+CLOCK = """
+import datetime, os, time
+import pandas  # its C cannot be imported where datetime is no longer C's own
+
+off = int(os.environ["TLRUNNER_CLOCK"])
+true_time, true_time_ns, true_datetime = time.time, time.time_ns, datetime.datetime
+
+class Meta(type):
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, true_datetime)
+
+class Off(true_datetime, metaclass=Meta):
+    @classmethod
+    def now(cls, tz=None):
+        return true_datetime.now(tz) + datetime.timedelta(seconds=off)
+
+    @classmethod
+    def utcnow(cls):
+        return cls.now(datetime.timezone.utc).replace(tzinfo=None)
+
+Off.__module__, Off.__name__, Off.__qualname__ = "datetime", "datetime", "datetime"
+time.time, time.time_ns = lambda: true_time() + off, lambda: true_time_ns() + off * 10**9
+datetime.datetime = Off
+"""
+
+
+@dataclass
+class Ground:
+    """What a search is given, and what can be broken there."""
+
+    name: str
+    root: Path  # of all searches
+    environment: dict[str, str]
+    runs: str = ""
+    num_workers: int = 1
+    num_trials: int = NUM_TRIALS
+    proxy: FaultProxy | None = None
+    disk: Path | None = None
+    nodes: list["subprocess.Popen[bytes]"] = field(default_factory=list)  # the head first
+
+    def tree(self) -> dict[str, Any]:
+        """The config of a search; BatchNorm has no place in it, nor has anything frozen."""
+        cache = str(self.root / "cache")
+        search = {"space": {"optim.lr": {"loguniform": [1e-5, 1e-3]}}}
+        return {
+            "data": {"cache_dir": cache, "image_size": 64, "limit": 480},
+            "backbone": {"name": "squeezenet1_1", "weights": "none"},
+            "freeze": {"strategy": "full"},
+            "train": {"epochs": EPOCHS, "batch_size": 8, "checkpoint_seconds": CHECKPOINT_SECONDS},
+            "resources": {"gpus_per_worker": 0, "workers_per_trial": self.num_workers},
+            "search": {**search, "budget": {"num_trials": self.num_trials}},
+        }
+
+    def start_node(self, look: Callable[[], object] = lambda: None) -> None:
+        """One more node of one CPU, the first as head; in the environment is how to reach it.
+
+        `look` is called until it is up.
+        """
+        if not self.nodes:
+            with socket.socket() as found:
+                found.bind(("127.0.0.1", 0))
+                self.environment["RAY_ADDRESS"] = f"127.0.0.1:{found.getsockname()[1]}"
+        _, _, port = self.environment["RAY_ADDRESS"].partition(":")
+        place = [
+            "--head",
+            "--include-dashboard=false",
+            f"--port={port}",
+            f"--temp-dir={self.environment['RAY_TMPDIR']}/ray",
+        ]
+        if self.nodes:
+            place = [f"--address={self.environment['RAY_ADDRESS']}"]
+        name = f"{self.environment[MARK]}-{port}-{len(self.nodes)}"
+        said = self.root / f"{name}.txt"
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1"]
+        command += ["--disable-usage-stats", *place]
+        with said.open("wb") as output:
+            environment = {**self.environment, NODE: name}
+            node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        self.nodes.append(node)
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in said.read_text():
+            assert time.monotonic() < deadline, said.read_text()
+            look()
+            time.sleep(LOOK_SECONDS)
+
+    def kill_node(self, number: int) -> None:
+        """The node goes at once; `ray start` sees that and clears up behind it."""
+        port = self.environment["RAY_ADDRESS"].rpartition(":")[2]
+        name = f"{self.environment[MARK]}-{port}-{number}"
+        for pid, command in processes(NODE, name).items():
+            if "/raylet/raylet" in command or "/gcs/gcs_server" in command:
+                os.kill(pid, signal.SIGKILL)
+
+    def resize(self, num_free: int) -> None:
+        """Leave so many bytes on the disk; writers may be faster, and are tried again."""
+        assert self.disk
+        for _ in range(20):
+            size = os.statvfs(self.disk)
+            used = (size.f_blocks - size.f_bfree) * size.f_frsize
+            options = f"remount,size={used + num_free}"
+            if mounted(self.disk, options):
+                return
+        raise AssertionError("the file system cannot be resized")
+
+
+def mounted(place: Path, options: str) -> bool:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def can_mount(root: Path) -> bool:
+    """Whether a file system of its own can be had, which needs root."""
+    if not shutil.which("mount") or not mounted(root, "size=1m"):
+        return False
+    subprocess.run(["umount", str(root)], check=True)
+    return True
+
+
+def write_clock(root: Path) -> None:
+    """What `clock_off` needs; every Python that starts imports it."""
+    (root / "clock").mkdir()
+    (root / "clock" / "sitecustomize.py").write_text(CLOCK)
+
+
+def clock_off(place: Ground, seconds: int) -> dict[str, str]:
+    """Environment of processes whose clock is so many seconds off."""
+    path = os.pathsep.join([str(place.root / "clock"), place.environment["PYTHONPATH"]])
+    return {"PYTHONPATH": path, "TLRUNNER_CLOCK": str(seconds)}
+
+
+@contextmanager
+def ground(name: str, root: Path) -> Iterator[Ground]:
+    """One of local, workers, cluster, s3, disk; no process of it is left behind."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
+    mark = f"{os.getpid()}-{name}"
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"}
+    environment |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", MARK: mark}
+    place = Ground(name, root, {**kept, **environment}, str(root / name))
+    with ExitStack() as held:
+        try:
+            _prepare(place, held)
+            yield place
+        finally:
+            end_processes(MARK, mark)
+            for node in place.nodes:
+                node.wait()
+
+
+def _prepare(place: Ground, held: ExitStack) -> None:
+    if place.name == "workers":
+        place.num_workers, place.num_trials = 2, 2
+    elif place.name == "s3":
+        place.runs = f"s3://{BUCKET}/runs"
+        aws = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+        place.proxy = held.enter_context(FaultProxy(aws["AWS_ENDPOINT_URL"], {}))
+        place.environment |= {**aws, "AWS_ENDPOINT_URL": place.proxy.endpoint}
+    elif place.name == "disk":
+        place.disk = Path(place.runs)
+        place.disk.mkdir(exist_ok=True)
+        assert mounted(place.disk, f"size={ROOMY_BYTES}")
+        held.callback(subprocess.run, ["umount", "--lazy", str(place.disk)], check=True)
+    elif place.name == "cluster":
+        for _ in range(2):
+            place.start_node()
+
+
+def processes(variable: str, value: str) -> dict[int, str]:
+    """Processes that were started, however indirectly, with a variable; their command lines."""
+    found, setting = {}, f"{variable}={value}".encode()
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if setting in (directory / "environ").read_bytes().split(b"\0"):
+                command = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(directory.name)] = command.decode(errors="replace").strip()
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+def end_processes(variable: str, value: str) -> None:
+    """End what is left of them."""
+    while left := processes(variable, value).keys() - {os.getpid()}:
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(LOOK_SECONDS)
