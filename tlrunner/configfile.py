@@ -26,7 +26,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUES = 100_000  # in a config; aliases of YAML can make any number out of a few lines
 MAX_DEPTH = 32
-MAX_DIGITS = 1000
+MAX_DIGITS = 10_000
 MAX_WHOLE = 2**63  # beyond it neither tensors nor Parquet hold a number
 OPEN_MAPS = ("search.space",)  # below these, the rest of a dotted path is one key
 # Where, with what and how loudly a job runs; a run keeps its identity when it continues elsewhere.

@@ -2,20 +2,18 @@
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crafted import Captured, Job, refused
 from safetensors.torch import load_file, save_file
 
 import tlrunner
 from tlrunner.errors import StorageError
 from tlrunner.train.checkpoint import load_tensors, write_commit
 
-Captured = pytest.CaptureFixture[str]
-Job = Callable[..., int]
 ONE: dict[str, Any] = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
@@ -53,15 +51,6 @@ NO_TENSORS = {
 def checkpoint(broken_off: Path) -> Path:
     (path,) = broken_off.glob("trials/*/checkpoints/*")
     return path
-
-
-def refused(train_job: Job, capsys: Captured, named: str) -> None:
-    capsys.readouterr()
-    code = train_job()
-    lines = capsys.readouterr().err.splitlines()
-    assert (code, len(lines)) == (73, 1), lines
-    assert named in lines[0]
-    assert len(lines[0]) < 1000
 
 
 @pytest.mark.parametrize("case", NO_TENSORS)

@@ -25,8 +25,10 @@ RAY_STATE = "experiment_state-2026-01-01_00-00-00.json"
 
 # Imported before, since imports are no state; what an event is told of is cut short.
 AUDITED = """
-import runpy, sys
+import importlib, runpy, sys
 job, told = sys.argv[1], open(sys.argv[2], "w")
+for module in sys.argv[3].split():
+    importlib.import_module(module)
 EVENTS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty",
           "subprocess.Popen", "os.rename")
 
@@ -34,10 +36,8 @@ def hook(event, args):
     if event in EVENTS:
         print(event, repr(args)[:200], file=told, flush=True)
 
-import accelerate, timm, torch
-import tlrunner.cli, tlrunner.run
 sys.addaudithook(hook)
-sys.argv = [job, *sys.argv[3:]]
+sys.argv = [job, *sys.argv[4:]]
 runpy.run_path(job, run_name="__main__")
 """
 
@@ -58,10 +58,10 @@ def evil(mark: Path) -> bytes:
     return pickle.dumps(Evil(mark))
 
 
-def audited(job: Path, told: Path, *flags: str) -> tuple[int, list[str]]:
+def audited(job: Path, told: Path, imports: str, *flags: str) -> tuple[int, list[str]]:
     """Exit code of a job in a process of its own, and what it was heard to do."""
     done = subprocess.run(
-        [sys.executable, "-c", AUDITED, str(job), str(told), *flags],
+        [sys.executable, "-c", AUDITED, str(job), str(told), imports, *flags],
         capture_output=True,
         check=False,
     )
@@ -77,7 +77,8 @@ def test_no_pickle_is_loaded_as_a_run_goes_on(
         for name in PICKLES:
             (directory / name).write_bytes(evil(mark))
     flags = ["--config", str(job_config), "--out", str(broken_off.parent), "--name", "mine"]
-    code, events = audited(JOBS / "train.py", tmp_path / "events", *flags)
+    imports = "accelerate timm torch tlrunner.cli tlrunner.run"
+    code, events = audited(JOBS / "train.py", tmp_path / "events", imports, *flags)
     assert code == 0
     assert not mark.exists()
     renamed = [event for event in events if event.startswith("os.rename ")]
@@ -89,7 +90,7 @@ def test_a_pickle_that_is_loaded_is_heard(tmp_path: Path) -> None:
     (tmp_path / "evil.pkl").write_bytes(evil(tmp_path / "ran"))
     job = tmp_path / "job.py"
     job.write_text("import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))")
-    code, events = audited(job, tmp_path / "events", str(tmp_path / "evil.pkl"))
+    code, events = audited(job, tmp_path / "events", "", str(tmp_path / "evil.pkl"))
     assert (code, events) == (0, ["pickle.find_class ('posix', 'mkdir')"])
     assert (tmp_path / "ran").is_dir()
 
