@@ -17,7 +17,8 @@ TRAINED_BY_DEFAULT = [
     *("alexnet", "resnet18", "squeezenet1_1", "mobilenet_v3_small"),
     *("shufflenet_v2_x0_5", "mnasnet0_5", "regnet_y_400mf", "efficientnet_b0"),
 ]
-TRAINED_SLOWLY = [name for name in ALL if name not in TRAINED_BY_DEFAULT]
+HUGE = ["regnet_y_128gf", "vit_h_14"]  # as others of their kinds, with more of the same
+TRAINED_SLOWLY = [name for name in ALL if name not in (*TRAINED_BY_DEFAULT, *HUGE)]
 
 
 NUM_STAGES = {

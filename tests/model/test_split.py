@@ -22,7 +22,8 @@ FAMILIES = [
     *("timm/vit_tiny_patch16_224", "timm/mobilenetv3_small_050", "timm/resnet10t"),
 ]
 HANDING_ON_LISTS = ["timm/hrnet_w18_small", "timm/selecsls42", "timm/efficientvim_m1"]
-LARGE = {"inception_v3": 96, "maxvit_t": 224, "vit_h_14": 56}
+LARGE = {"inception_v3": 96, "maxvit_t": 224}
+HUGE = ("regnet_y_128gf", "vit_h_14")  # as others of their kinds, with more of the same
 
 
 def built(name: str, size: int = 64) -> Classifier:
@@ -70,7 +71,7 @@ def test_lists_of_tensors_cross_one_by_one(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [n for n in backbone_names() if not n.startswith("timm/")], ids=str
+    "name", [n for n in backbone_names() if not n.startswith("timm/") and n not in HUGE], ids=str
 )
 def test_every_torchvision_model_splits_at_each_boundary(name: str) -> None:
     size = LARGE.get(name, 64)

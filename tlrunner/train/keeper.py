@@ -15,7 +15,7 @@ from tlrunner.train.feed import Feed
 from tlrunner.train.loop import Loop
 from tlrunner.train.resume import training_state
 from tlrunner.train.reuse import Reuse
-from tlrunner.train.trial_dir import EpochReport, TrialDir
+from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 
 LAST = 2  # newest checkpoints that are kept to go on from
 
@@ -98,10 +98,12 @@ class Keeper:
                 self.record.keep_only(self.record.best_checkpoint(self.best), num_last)
         return finished
 
-    def end(self) -> None:
+    def end(self, state: State, detail: str) -> None:
         """Nothing goes on from here: of the best epoch the weights stay."""
-        if self.record and not self.num_last:
-            self.record.keep_weights()
+        if self.record:
+            self.record.end(state, detail)
+            if not self.num_last:
+                self.record.keep_weights()
 
     def _write(
         self, record: TrialDir, num_batches: int, state: dict[str, object], goes_on: bool

@@ -7,7 +7,7 @@ its workers.
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.metrics import NOT_BEGUN, Begun
 from tlrunner.train.place import Place
 from tlrunner.train.probe import check_memory, latency_seconds
-from tlrunner.train.resume import load_training_state, read_resumable
+from tlrunner.train.resume import Resumed, load_training_state, read_resumable
 from tlrunner.train.reuse import Reuse
 from tlrunner.train.swept import Member, sweep_of
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
@@ -191,18 +191,9 @@ def _run(
     if loop.accelerator.device.type == "cuda":
         last_levels = levels(config.freeze, num_stages, phases[-1])
         check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
-    begun = resumed.begun if resumed else NOT_BEGUN
-    if resumed:  # in the phase that it was broken off in
-        resumed.check_origin(origin, config.backbone.name)
-        epoch = first_epoch if begun.num_batches else first_epoch - 1
-        _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
-        load_training_state(loop, resumed)
+    if resumed:
+        _go_on(config, loop, reuse, resumed, origin)
     sweep = None if resumed or num_last else sweep_of(config, loop, reuse, beside)
-
-    def elapsed() -> float:
-        return seconds_before + time.monotonic() - started
-
-    # -- Epochs ----------------------------------------------------------------------------------
     keeper = Keeper(
         record,
         loop,
@@ -210,28 +201,44 @@ def _run(
         num_last,
         origin=origin,
         goes_on=not sweep,
-        elapsed=elapsed,
+        elapsed=lambda: seconds_before + time.monotonic() - started,
         is_halted=is_halted,
     )
+
+    # -- Epochs ------------------------------------------------------------------------------------
+    begun = resumed.begun if resumed else NOT_BEGUN
     for epoch in range(first_epoch, config.train.epochs):
         keeper.epoch = epoch
-        if sweep and is_halted():
-            return TrialResult("interrupted", keeper.best)
         if epoch in phases and not begun.num_batches:
             _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         try:
+            if sweep and is_halted():
+                raise HaltedError
             finished = _run_epoch(loop, reuse, sweep or keeper, epoch, begun)
-        except DivergedError as err:
-            if record:
-                record.end("diverged", str(err))
-                keeper.end()
-            return TrialResult("diverged", keeper.best, str(err))
         except HaltedError:
             return TrialResult("interrupted", keeper.best)
+        except DivergedError as err:
+            keeper.end("diverged", str(err))
+            return TrialResult("diverged", keeper.best, str(err))
         begun = NOT_BEGUN
-        finished = replace(finished, latency_seconds=latency, seconds=elapsed())
+        finished = replace(finished, latency_seconds=latency, seconds=keeper.elapsed())
         report(keeper.keep(finished))
     return TrialResult("completed", keeper.best)
+
+
+def _go_on(
+    config: TrialConfig,
+    loop: Loop,
+    reuse: Reuse,
+    resumed: Resumed,
+    origin: Mapping[str, str | None],
+) -> None:
+    """Put what trains where a checkpoint left it, in the phase that it was broken off in."""
+    resumed.check_origin(origin, config.backbone.name)
+    epoch = resumed.epoch if resumed.begun.num_batches else resumed.epoch - 1
+    num_stages = len(loop.classifier.stages.names)
+    _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
+    load_training_state(loop, resumed)
 
 
 def build(config: TrialConfig, images: Images | None, world: World, beside: Beside) -> Built:

@@ -41,6 +41,10 @@ SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 END_SECONDS = 20.0  # that workers get to end after they were told to
 
 
+class LostWorkerError(RayError):  # type: ignore[misc]  # ray is not typed
+    """A worker of a trial has died, or cannot be reached any more."""
+
+
 class _EndedError(Exception):
     """The search ended the trial."""
 
@@ -158,8 +162,20 @@ def _work(config: TrialConfig, keeping: dict[str, Any], mailbox: Any) -> None:
 
 
 def _cause(failure: BaseException) -> BaseException:
-    """The error that ended the workers: one of ours before others, and those before deaths."""
+    """The error that ended the workers: one of ours before others, and those before deaths.
+
+    Where a worker dies, the others find their connection to it broken, perhaps before Ray does.
+    """
     of_workers = getattr(failure, "worker_failures", {}).values()
     causes = [getattr(err, "_base_exc", err) for err in of_workers] or [failure]
     kinds = (TlrunnerError, torch.OutOfMemoryError)
-    return next((err for err in causes if isinstance(err, kinds)), causes[0])
+    own = [err for err in causes if not _is_lost_connection(err)]
+    found = next((err for err in causes if isinstance(err, kinds)), (own or causes)[0])
+    if isinstance(found, RayError) or not _is_lost_connection(found):
+        return found
+    return LostWorkerError(str(found))
+
+
+def _is_lost_connection(err: BaseException) -> bool:
+    of_gloo = isinstance(err, RuntimeError) and "gloo/transport" in str(err)
+    return isinstance(err, RayError | torch.distributed.DistError) or of_gloo
