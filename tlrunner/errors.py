@@ -5,6 +5,7 @@
     ├── DataError        65   images or shards that cannot be used
     ├── ResourceError    69   the machine or cluster cannot satisfy the request
     ├── StorageError     73   a place that cannot be read or written
+    │   └── UnavailableError      not now, but perhaps later
     └── InterruptedRun   75   stopped from outside; the same command continues
 
 A user error is one line: the value found, the valid set, the remedy. A broken invariant of the
@@ -50,6 +51,10 @@ class ResourceError(TlrunnerError):
 
 class StorageError(TlrunnerError):
     exit_code = 73
+
+
+class UnavailableError(StorageError):
+    """Of a place that may be used again later: a full disk, a store that does not answer."""
 
 
 class InterruptedRun(TlrunnerError):  # noqa: N818  (not a fault of anybody's)

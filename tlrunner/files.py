@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tlrunner.errors import StorageError
+from tlrunner.errors import UnavailableError
 
 
 def sha256_file(path: Path) -> str:
@@ -113,8 +113,8 @@ def _open_locked(path: Path) -> IO[str]:
         file.close()  # who held it before removed it
 
 
-def cannot_write(path: Path, err: OSError) -> StorageError:
-    return StorageError(
+def cannot_write(path: Path, err: OSError) -> UnavailableError:
+    return UnavailableError(
         f"{path} cannot be written: {err.strerror or err}",
         "a directory with free space that this user may write to",
         "choose another place with --out or --set data.cache_dir=DIR",

@@ -119,11 +119,12 @@ def test_a_process_that_died_is_recorded_as_failed(
     assert len(record.epochs) == len(val_accs or [])
 
 
-def test_a_death_that_cannot_be_recorded_does_not_end_the_search(search: Search) -> None:
+def test_a_death_that_cannot_be_recorded_ends_the_search(search: Search) -> None:
     search.directory.path.write_text("a file in the way")
-    search.progress.on_trial_error(0, [], search.trial)
-    assert any("cannot be written" in line for line in search.lines)
-    assert search.lines[-1].endswith("failed")
+    with pytest.raises(StorageError, match="cannot be written"):
+        search.progress.on_trial_error(0, [], search.trial)
+    assert search.progress.error is not None
+    assert search.progress.error.exit_code == 73
 
 
 def test_a_terminal_has_a_table_with_the_running_trials_first(

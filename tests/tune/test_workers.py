@@ -71,6 +71,15 @@ def test_the_error_of_one_worker_counts_more_than_the_deaths_it_caused() -> None
     assert workers._cause(death) is death
 
 
+def test_a_broken_connection_between_workers_is_no_error_of_the_trial() -> None:
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+    own = ValueError("in the program")
+    of_both = SimpleNamespace(worker_failures={0: broken, 1: own})
+    assert workers._cause(of_both) is own  # type: ignore[arg-type]
+    of_one = SimpleNamespace(worker_failures={0: broken})
+    assert isinstance(workers._cause(of_one), workers.LostWorkerError)  # type: ignore[arg-type]
+
+
 def test_gloo_is_told_the_interface_where_the_hosts_name_leads_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -19,6 +19,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from tlrunner.data.store import WRONG_BYTES, Entry, Part, is_right, unreachable
+from tlrunner.errors import UnavailableError
 from tlrunner.files import sha256_bytes, sha256_file
 
 log = logging.getLogger("tlrunner")
@@ -128,8 +129,7 @@ class S3Store:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     def list(self) -> list[Entry]:
-        base = f"{self.prefix}/" if self.prefix else ""
-        wanted, found = {"Bucket": self.bucket, "Prefix": base}, {}
+        wanted, found = {"Bucket": self.bucket, "Prefix": self._object("")["Key"]}, {}
         while True:
             page = self._ask(self.uri, lambda client: client.list_objects_v2(**wanted))
             found.update({entry["Key"]: entry["Size"] for entry in page.get("Contents", ())})
@@ -138,7 +138,7 @@ class S3Store:
             wanted["ContinuationToken"] = page["NextContinuationToken"]
         # consoles make keys that end with a slash, to show a folder
         keys = sorted(key for key in found if not key.endswith("/"))
-        return [Entry(key.removeprefix(base), found[key]) for key in keys]
+        return [Entry(key.removeprefix(wanted["Prefix"]), found[key]) for key in keys]
 
     def size(self, name: str) -> int | None:
         head = self.head(name)
@@ -265,7 +265,7 @@ class S3Store:
                 if not _passes(err):
                     raise unreachable(uri, why) from None
                 if attempt == self.patience.attempts:
-                    raise unreachable(uri, f"{why}, {attempt} times") from None
+                    raise unreachable(uri, f"{why}, {attempt} times", UnavailableError) from None
                 self.retries.reasons.append(why)
                 log.debug("%s: %s, asking again", uri, why)
                 time.sleep(self.patience.pause(attempt))

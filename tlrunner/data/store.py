@@ -158,16 +158,16 @@ def is_right(content: bytes, part: Part | None) -> bool:
     return part.sha256 is None or part.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def unreachable(uri: str, why: str) -> StorageError:
+def unreachable(uri: str, why: str, kind: type[StorageError] = StorageError) -> StorageError:
     """The one line about a place that cannot be used."""
     if uri.startswith("s3://"):
         valid = "a place that the AWS settings in the environment may use"
-        return StorageError(
+        return kind(
             f"'{uri}' cannot be read or written: {why}",
             valid,
             "check the URI, the credentials, the region and the endpoint",
         )
-    return StorageError(f"'{uri}' cannot be read: {why}", "", "check the path and its permissions")
+    return kind(f"'{uri}' cannot be read: {why}", "", "check the path and its permissions")
 
 
 def _cannot_read(path: Path, err: OSError) -> StorageError:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlrunner.config import TrialConfig
-from tlrunner.errors import StorageError, TlrunnerError
+from tlrunner.errors import StorageError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.attempts import read_attempts
 from tlrunner.train.place import CHECKPOINTS, Place
@@ -191,8 +191,9 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
             if not directory.has_begun:
                 directory.begin(planned.config)
             directory.end(failed, "its process died or could not start")
-        except TlrunnerError as err:
-            self.console.print(f"trial {planned.trial_id}: {err}")
+        except StorageError as err:
+            self.error = err
+            raise
 
     def _say(self, row: Row) -> None:
         if not self.console.is_terminal:

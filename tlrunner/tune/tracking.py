@@ -127,11 +127,8 @@ class Tracker(tune.Callback):  # type: ignore[misc]  # ray is not typed
         has_failed: Callable[[Trial], bool],
         told_before: Set[str],
     ) -> None:
-        self.told = told
-        self.run = run
-        self.trial_id_of = trial_id_of
-        self.has_failed = has_failed
-        self.told_before = told_before
+        self.told, self.run, self.told_before = told, run, told_before
+        self.trial_id_of, self.has_failed = trial_id_of, has_failed
         self.shown: dict[str, Shown] = {}  # Ray's id -> what that trial is now
         self.last_epoch: dict[Shown, int] = {}
         self.lost: set[Shown] = set()  # those that could not be told of

@@ -9,6 +9,7 @@ importing torch, one actor did all the short trials.
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 from ray.exceptions import RayError
 
-from tlrunner.errors import InterruptedRun, StorageError, TlrunnerError
+from tlrunner.errors import InterruptedRun, TlrunnerError, UnavailableError
 from tlrunner.jobconfig import JobConfig
 from tlrunner.machine import importing
 from tlrunner.secrets import redacted, without_secrets
@@ -26,6 +27,7 @@ from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.tune.bell import Hearing
 from tlrunner.tune.space import PlannedTrial, trial_at
 
+PLACE_SECONDS = 200.0  # that a full disk or a store out of reach has until a trial starts again
 END_SECONDS = 60  # a stopped trial may take to end its workers, before the next one fails for it
 
 if TYPE_CHECKING:
@@ -108,21 +110,36 @@ def run_planned(
         if _is_final(directory, err, job.search.max_failures):
             directory.fail(err)
             return
-        directory.leave_traceback(err)
+        _leave_traceback(directory, err, is_halted)
         told = without_secrets(err)  # Ray writes what it is told to files of its own
         if told is not err:
             raise told from None
         raise  # for Ray to start the trial again
 
 
+def _leave_traceback(
+    directory: "TrialDir", error: Exception, is_halted: Callable[[], bool]
+) -> None:
+    """As soon as the trial's place can be written again, where that is what failed the trial."""
+    deadline = time.monotonic() + PLACE_SECONDS
+    while True:
+        try:
+            directory.leave_traceback(error)
+            return
+        except UnavailableError:
+            if time.monotonic() > deadline or is_halted():
+                return
+            time.sleep(PLACE_SECONDS / 100)
+
+
 def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> bool:
     """Whether a trial ends with an error, which is noted; otherwise it goes on from a checkpoint.
 
-    What happens to nodes and stores passes, however often; who gives up on that is the search.
+    What happens to nodes and places passes, however often; who gives up on that is the search.
     """
     from tlrunner.train.attempts import is_hopeless, note_attempt, read_attempts
 
-    if isinstance(error, StorageError | InterruptedRun | RayError):
+    if isinstance(error, UnavailableError | InterruptedRun | RayError):
         return False
     if isinstance(error, TlrunnerError):
         return True
