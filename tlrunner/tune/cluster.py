@@ -3,8 +3,11 @@
 import logging
 import os
 import signal
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -14,7 +17,7 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tlrunner.config import ResourceConfig
-from tlrunner.errors import ResourceError, StorageError
+from tlrunner.errors import InterruptedRun, ResourceError, StorageError
 from tlrunner.secrets import Redacting
 from tlrunner.tune.plan import Machine, grant, num_places
 
@@ -28,12 +31,15 @@ RAY_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+GONE_SECONDS, LOOK_SECONDS = 30.0, 3.0  # Ray itself waits for its head for a minute
 AWS_SECRETS = {
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SECURITY_TOKEN",
     "AWS_SESSION_TOKEN",
 }
+
+log = logging.getLogger("tlrunner")
 
 
 @contextmanager
@@ -66,10 +72,32 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
         handler.addFilter(Redacting())
     # Ray's own SIGTERM handlers exit or abort at once; the one before ends the run in order.
     signal.signal(signal.SIGTERM, on_sigterm)
+    threading.Thread(
+        target=_watch_head, args=(ray.get_runtime_context().gcs_address,), daemon=True
+    ).start()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _watch_head(address: str) -> None:
+    """End this process once the head of its cluster is gone, which Ray's calls would wait for.
+
+    Trials that are still there end with their nodes, and write nothing once the run goes on.
+    """
+    host, _, port = address.rpartition(":")
+    seen_at = time.monotonic()
+    while time.monotonic() - seen_at < GONE_SECONDS:
+        time.sleep(LOOK_SECONDS)
+        if not ray.is_initialized():
+            return
+        with suppress(OSError), socket.create_connection((host, int(port)), LOOK_SECONDS):
+            seen_at = time.monotonic()
+    log.error(
+        "the head of the Ray cluster at %s is gone; the same command continues on another", address
+    )
+    os._exit(InterruptedRun.exit_code)
 
 
 def machines() -> list[Machine]:
