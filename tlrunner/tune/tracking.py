@@ -290,10 +290,8 @@ def _wandb(track: TrackConfig, run: Place) -> Told:
 
     # Ray's `setup` is not called: it asks for an API key, of which `offline` has no need.
     class PlainWandb(WandbLoggerCallback):  # type: ignore[misc]  # ray is not typed
-        """Ray's, which takes an epoch's number by a name of its own, and says nothing of failures.
-
-        Where a trial's writer has failed, Ray would start another.
-        """
+        """Ray's, with an epoch's number by Ray's name, and without a second writer behind one that
+        failed."""
 
         _logger_actor_cls = Writer
 

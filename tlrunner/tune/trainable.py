@@ -85,6 +85,8 @@ def run_planned(
     directory = TrialDir(trials.below(planned.trial_id))
     directory.place.fetch()
     record = directory.read() if directory.has_begun else None
+    if _has_stalled_again(directory, job.search.max_failures):
+        return
     resume_from, notes = _beginning(trials, directory, record, values)
     if record and (record.is_settled or not num_last):
         # A continued run: what was done is told again, not computed again.
@@ -115,6 +117,18 @@ def run_planned(
         if told is not err:
             raise told from None
         raise  # for Ray to start the trial again
+
+
+def _has_stalled_again(directory: "TrialDir", max_failures: int) -> bool:
+    """End a trial whose process was ended for want of a step as often as it may be."""
+    from tlrunner.train.attempts import is_hopeless, read_attempts
+
+    attempts = read_attempts(directory.place)
+    is_over = attempts[-1:] and attempts[-1].event == "stalled"
+    if is_over and is_hopeless(attempts, max_failures):
+        directory.end("failed", attempts[-1].error)
+        return True
+    return False
 
 
 def _leave_traceback(
