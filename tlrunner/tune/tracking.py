@@ -290,8 +290,7 @@ def _wandb(track: TrackConfig, run: Place) -> Told:
 
     # Ray's `setup` is not called: it asks for an API key, of which `offline` has no need.
     class PlainWandb(WandbLoggerCallback):  # type: ignore[misc]  # ray is not typed
-        """Ray's, with an epoch's number by Ray's name, and without a second writer behind one that
-        failed."""
+        """Ray's, with an epoch's number by Ray's name, and no second writer behind a failed one."""
 
         _logger_actor_cls = Writer
 
@@ -347,5 +346,4 @@ def _check_login() -> None:
 
 def _is_installed(package: str) -> bool:
     """Whether there is a package, and not just a directory of its name, such as W&B leaves."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
+    return getattr(importlib.util.find_spec(package), "origin", None) is not None
