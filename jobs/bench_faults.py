@@ -96,18 +96,19 @@ def kill_node(search: Search, place: Ground, chance: random.Random) -> str:
 
 
 def kill_head(search: Search, place: Ground, chance: random.Random) -> str:
+    """What comes next to the command is a new cluster, which starts while the old one ends."""
     place.kill_node(0)
-    search.wait(lambda: not search.is_running, 60)
+    old, place.nodes = place.nodes, []
+    for _ in range(2):
+        place.start_node(search.look)
+    search.wait(lambda: not search.is_running, search.fault_at + 60 - time.monotonic())
     seconds = time.monotonic() - search.fault_at
     if search.is_running:
         search.note(END, f"the command is still there {seconds:.0f} s after the head")
         search.kill()
-    for node in place.nodes:
+    for node in old:
         node.terminate()
         node.wait()
-    place.nodes.clear()
-    for _ in range(2):
-        place.start_node()
     return f"the command ended with {search.process.returncode} in {seconds:.1f} s"
 
 

@@ -26,6 +26,7 @@ from tlrunner.errors import StorageError
 
 JOB = ROOT / "jobs" / "tune_flowers.py"
 HANG_SECONDS = 60.0
+LINGER_SECONDS = 3.0  # that a trial may go on for when its search was killed
 TOLERANCE_SECONDS = 5.0  # for a checkpoint to be written, on a machine that does more
 COMMITTED = re.compile(r"(?P<trial>[^/]+)/checkpoints/(?P<step>\d+)-\d+/COMMIT\.json")
 # What is promised, and what it is called where it was not kept.
@@ -258,7 +259,7 @@ class Search:
     # -- What is promised --------------------------------------------------------------------------
     def training(self) -> list[str]:
         """The trials that have left a checkpoint since the latest fault, and did not end."""
-        since = max(self.fault_at, self.outputs[self.process.pid][1])
+        since = max(self.fault_at, self.outputs[self.process.pid][1]) + LINGER_SECONDS
         return [
             trial_id
             for trial_id, trial in self.trials.items()
