@@ -139,6 +139,6 @@ def _close_log() -> Iterator[None]:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for all tests of the default tier; slow ones have the machine for themselves."""
+    """Two processes for the whole default tier; slow tests have the machine for themselves."""
     is_slow = "not slow" not in config.option.markexpr
     return 0 if is_slow or config.args != config.getini("testpaths") else 2

@@ -118,6 +118,21 @@ def test_a_finished_run_is_told_again_not_computed_again(
     assert content_of(out) == before
 
 
+@pytest.mark.parametrize("name", ["best/model.safetensors", "summary.json", "run.json"])
+def test_a_finished_run_that_rotted_is_refused_by_name(
+    train_job: Job, out: Path, capsys: Captured, name: str
+) -> None:
+    train_job()
+    file = out / "mine" / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + b" " + content[-8:])
+    capsys.readouterr()
+    assert train_job() == 73
+    assert f"{file} does not read back as it was written" in error_of(capsys)
+    file.write_bytes(content)
+    assert train_job() == 0
+
+
 def test_another_config_under_the_name_of_a_run_is_refused(
     train_job: Job, out: Path, capsys: Captured
 ) -> None:

@@ -24,7 +24,7 @@ from tlrunner.jobconfig import JobConfig, PrepareJob, TrainJob
 from tlrunner.machine import importing
 from tlrunner.model.classifier import describe
 from tlrunner.paths import with_absolute_paths, with_absolute_weights
-from tlrunner.report.finish import copy_bad_images, exit_code, finish_run
+from tlrunner.report.finish import check_finished, copy_bad_images, exit_code, finish_run
 from tlrunner.report.rundir import (
     RunDir,
     begun_run,
@@ -316,6 +316,7 @@ def _finish(
 
 
 def _show_finished(run: RunDir, out: Console) -> int:
+    check_finished(run)
     summary = read_summary(run.place)
     out.print(f"run {run.place} is finished already", highlight=False, soft_wrap=True)
     show_summary(summary, str(run.place), out)

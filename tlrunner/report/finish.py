@@ -12,6 +12,7 @@ from typing import Any
 from tlrunner.data.dataset import Dataset
 from tlrunner.data.fetch import open_store
 from tlrunner.data.manifest import Manifest
+from tlrunner.data.store import check_name
 from tlrunner.data.write import BAD_NAME
 from tlrunner.files import sha256_text, write_json, write_text, write_with
 from tlrunner.report.page import render_page
@@ -87,6 +88,19 @@ def _succeed(run: RunDir, made: list[str], given: list[str]) -> None:
 
 def _committed(best: Path) -> dict[str, Fact]:
     return {f"best/{name}": fact for name, fact in committed(best).items()}
+
+
+def check_finished(run: RunDir) -> None:
+    """Check that a finished run is what `_SUCCESS` vouched for.
+
+    Raises:
+        StorageError: a file is not what it was then.
+    """
+    vouched = run.place.read(dict[str, Fact], SUCCESS) or {}
+    model = run.place.read(dict[str, Fact], f"best/{COMMIT}") or {}
+    for name, fact in {**vouched, **{f"best/{n}": fact for n, fact in model.items()}}.items():
+        check_name(name, str(run.place))
+        run.place.check(name, fact.sha256)
 
 
 def exit_code(summary: dict[str, Any]) -> int:
