@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,10 +46,12 @@ from bench_faults_search import (
     LOST,
     PROMISES,
     Search,
+    StoppedError,
     Verdict,
 )
 
 RECOVER_SECONDS = 180.0  # for a trial to train again behind a fault, where it is slow
+AT_ONCE = 2  # searches; most of their time is spent in waiting for something to be noticed
 MOST_STARTS = 40  # before a search is given up
 DAY_SECONDS = 86_400
 
@@ -218,19 +221,18 @@ def besiege(place: Ground, name: str, faults: list[str], seed: int, verdict: Ver
         since, starts_anew = search.fault_at, False
         if not (faults and search.is_running and search.training()):
             continue
-        kind, num_broken = faults.pop(0), len(verdict.broken)
+        kind, num_broken = faults.pop(0), len(search.broken)
         search.strike(kind)
         followed = FAULTS[kind](search, place, chance)
         since, starts_anew = time.monotonic(), kind in STARTS_ANEW
         is_training = trains(search, since, starts_anew)
         seconds = time.monotonic() - search.fault_at
-        print(
-            f"{place.name:8} {search.fault_at - search.born_at:4.0f} s  {kind:8} {followed}; "
-            f"{'trained again' if is_training else 'was at its end'} after {seconds:.1f} s"
-        )
-        for _, promise, text in verdict.broken[num_broken:]:
-            print(f"    {promise}: {text}")
-        sys.stdout.flush()
+        lines = [
+            f"{name:11} {search.fault_at - search.born_at:4.0f} s  {kind:8} {followed}; "
+            f"{'trained again' if is_training else 'was at its end'} after {seconds:.1f} s",
+            *(f"    {text}" for text in search.broken[num_broken:]),
+        ]
+        print("\n".join(lines), flush=True)
         if not is_training:
             break
 
@@ -296,19 +298,27 @@ def main() -> int:
     seed = flags.seed if flags.seed is not None else random.SystemRandom().randrange(2**31)
     print(f"seed {seed}", flush=True)
     verdict, started = Verdict(), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # behind clearing up
     with tempfile.TemporaryDirectory(prefix="tlrf", ignore_cleanup_errors=True) as directory:
         root = Path(directory)
         if "disk" in kinds and not can_mount(root):
             print("disk: left out, no file system can be mounted here")
             kinds.remove("disk")
         write_clock(root)
-        with s3_server():
-            for number, (name, faults) in enumerate(
-                planned(flags.faults, kinds, random.Random(seed))
-            ):
-                with ground(name, root) as place:
-                    while faults:
-                        besiege(place, f"{name}-{number}-{len(faults)}", faults, seed, verdict)
+        searches = list(enumerate(planned(flags.faults, kinds, random.Random(seed))))
+
+        def run(numbered: tuple[int, tuple[str, list[str]]]) -> None:
+            number, (name, faults) = numbered
+            with suppress(StoppedError), ground(name, number, root) as place:
+                while faults:
+                    besiege(place, f"{name}-{number}-{len(faults)}", faults, seed, verdict)
+
+        with s3_server(), ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                list(pool.map(run, searches))
+            finally:
+                verdict.is_over.set()
+                pool.shutdown(cancel_futures=True)
     print_table(verdict)
     seconds = time.monotonic() - started
     print(f"{verdict.faults.total()} faults in {seconds:.0f} s, {len(verdict.broken)} violations")

@@ -158,13 +158,13 @@ def clock_off(place: Ground, seconds: int) -> dict[str, str]:
 
 
 @contextmanager
-def ground(name: str, root: Path) -> Iterator[Ground]:
+def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
     """One of local, workers, cluster, s3, disk; no process of it is left behind."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
-    mark = f"{os.getpid()}-{name}"
+    mark = f"{os.getpid()}-{name}-{number}"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"}
     environment |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", MARK: mark}
-    place = Ground(name, root, {**kept, **environment}, str(root / name))
+    place = Ground(name, root, {**kept, **environment}, str(root / f"{name}-{number}"))
     with ExitStack() as held:
         try:
             _prepare(place, held)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from bench_faults_ground import LOOK_SECONDS, MARK, ROOT, processes
@@ -43,10 +44,15 @@ ENDS = {
 }
 
 
+class StoppedError(Exception):
+    """No more faults are wanted."""
+
+
 @dataclass
 class Verdict:
     """What followed of each kind of fault, over all searches."""
 
+    is_over: Event = field(default_factory=Event)  # ends searches that are under way
     faults: Counter[str] = field(default_factory=Counter)
     broken: list[tuple[str, str, str]] = field(default_factory=list)  # kind, promise, what was seen
     redone_steps: dict[str, float] = field(default_factory=dict)  # the most of a kind
@@ -110,6 +116,7 @@ class Search:
         self.kind = "none"
         self.fault_at = self.moved_at = self.born_at = time.monotonic()
         self.num_starts = 0
+        self.broken: list[str] = []  # promises
         self.is_killed = False  # from here, so that its end is no news
         self.outputs: dict[int, tuple[Path, float]] = {}  # of each process, and when it began
         self.trials: dict[str, Seen] = {}
@@ -157,12 +164,14 @@ class Search:
 
     # -- Looking -----------------------------------------------------------------------------------
     def note(self, promise: str, text: str) -> None:
-        self.verdict.broken.append((self.kind, promise, f"{self.uri}: {text}"))
+        text = f"{self.uri.rpartition('/')[2]}: {text}"
+        self.broken.append(f"{promise}: {text}")
+        self.verdict.broken.append((self.kind, promise, text))
 
     def wait(self, until: Callable[[], bool], seconds: float = math.inf) -> bool:
         """Look until something is so; gives False where the driver or the time ended before."""
         deadline = time.monotonic() + seconds
-        while True:
+        while not self.verdict.is_over.is_set():
             was_running = self.is_running
             self.look()
             if until():
@@ -174,6 +183,7 @@ class Search:
                 self.kill()
                 return False
             time.sleep(LOOK_SECONDS)
+        raise StoppedError
 
     def look(self) -> None:
         """See what is new in the run's directory and in what is printed."""
@@ -269,7 +279,7 @@ class Search:
     def trains(self, since: float, starts_anew: bool) -> bool:
         """Whether a trial left a checkpoint since then; one that started since, if one has to."""
         _, begun_at = self.outputs[self.process.pid]
-        started_at = max(begun_at, self.fault_at if starts_anew else begun_at)
+        started_at = max(begun_at + LINGER_SECONDS, self.fault_at if starts_anew else 0.0)
         return any(
             trial.started_at > started_at and trial.newest_at > max(since, trial.started_at)
             for trial in self.trials.values()
@@ -308,7 +318,7 @@ class Search:
             self.note(LOST, f"exit code {code}: {self._failures()}")
         elif not self.is_killed and code not in ENDS.get(self.kind, ()):
             self.note(END, f"exit code {code}: {self.last_line()}")
-        if self._exists("_SUCCESS"):
+        if open_store(self.uri).size("_SUCCESS") is not None:
             self.note(FALSE, f"_SUCCESS is there behind exit code {code}")
         return False
 
@@ -333,9 +343,6 @@ class Search:
         """What is told of the trials that failed."""
         rows = csv.DictReader(open_store(self.uri).read("leaderboard.csv").decode().splitlines())
         return ", ".join(f"{r['trial_id']}: {r['detail']}" for r in rows if r["state"] == "failed")
-
-    def _exists(self, name: str) -> bool:
-        return open_store(self.uri).size(name) is not None
 
 
 def worst(values: dict[str, float], kind: str, value: float) -> None:
