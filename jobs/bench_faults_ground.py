@@ -4,6 +4,7 @@ A local Ray, with one or two workers a trial; a Ray cluster of two nodes; a run 
 proxy that spoils requests; a run on a file system whose size can be changed.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import boto3
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # has the one proxy that spoils S3; it needs nothing else
@@ -65,7 +68,7 @@ class Ground:
     num_trials: int = NUM_TRIALS
     proxy: FaultProxy | None = None
     disk: Path | None = None
-    nodes: list["subprocess.Popen[bytes]"] = field(default_factory=list)  # the head first
+    nodes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)  # the head first
 
     def tree(self) -> dict[str, Any]:
         """The config of a search; BatchNorm has no place in it, nor has anything frozen."""
@@ -105,17 +108,15 @@ class Ground:
         with said.open("wb") as output:
             environment = {**self.environment, NODE: name}
             node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        self.nodes.append(node)
+        self.nodes[name] = node
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in said.read_text():
             assert time.monotonic() < deadline, said.read_text()
             look()
             time.sleep(LOOK_SECONDS)
 
-    def kill_node(self, number: int) -> None:
+    def kill_node(self, name: str) -> None:
         """The node goes at once; `ray start` sees that and clears up behind it."""
-        port = self.environment["RAY_ADDRESS"].rpartition(":")[2]
-        name = f"{self.environment[MARK]}-{port}-{number}"
         for pid, command in processes(NODE, name).items():
             if "/raylet/raylet" in command or "/gcs/gcs_server" in command:
                 os.kill(pid, signal.SIGKILL)
@@ -171,7 +172,7 @@ def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
             yield place
         finally:
             end_processes(MARK, mark)
-            for node in place.nodes:
+            for node in place.nodes.values():
                 node.wait()
 
 
@@ -191,6 +192,28 @@ def _prepare(place: Ground, held: ExitStack) -> None:
     elif place.name == "cluster":
         for _ in range(2):
             place.start_node()
+
+
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """A server with one bucket, that the environment of this process points at."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1",
+    }
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    yield
+    server.stop()
 
 
 def processes(variable: str, value: str) -> dict[int, str]:
