@@ -284,6 +284,11 @@ def print_table(verdict: Verdict) -> None:
         print(f"{kind:8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
 
 
+def stop(signum: int, frame: object) -> None:
+    print("SIGTERM: clearing up", flush=True)
+    sys.exit(128 + signum)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Break searches, and see what is lost.")
     parser.add_argument("--faults", type=int, default=200, help="how many")
@@ -296,7 +301,7 @@ def main() -> int:
     seed = flags.seed if flags.seed is not None else random.SystemRandom().randrange(2**31)
     print(f"seed {seed}", flush=True)
     verdict, started = Verdict(), time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # behind clearing up
+    signal.signal(signal.SIGTERM, stop)
     with tempfile.TemporaryDirectory(prefix="tlrf", ignore_cleanup_errors=True) as directory:
         root = Path(directory)
         if "disk" in kinds and not can_mount(root):
