@@ -158,3 +158,12 @@ def test_a_store_that_is_down_is_what_ends_the_search(
     with pytest.raises(StorageError, match="is down"):
         getattr(search.progress, event)(0, [], search.trial)
     assert str(search.progress.error) == "the store is down"
+
+
+def test_a_trial_that_was_at_its_end_is_not_failed_by_the_death_of_its_process(
+    search: Search,
+) -> None:
+    search.leave([0.5, 0.5])
+    search.progress.on_trial_error(0, [], search.trial)
+    assert search.directory.read().state == "completed"
+    assert search.lines[-1].endswith("completed")

@@ -161,9 +161,10 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._follow(trial)  # a copy may fail before it starts
-        row.state = "failed"
         directory = self._directory(row)
-        if not (directory.path / "end.json").exists():
+        row.state = directory.read().state if directory.has_begun else "interrupted"
+        if row.state == "interrupted":
+            row.state = "failed"
             self._record_death(directory, row.planned)
         self._say(row)
 
