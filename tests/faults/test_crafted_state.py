@@ -79,7 +79,7 @@ def test_a_finished_run_without_its_summary_is_refused(
     train_job: Job, finished: Path, capsys: Captured
 ) -> None:
     (finished / "summary.json").unlink()
-    refused(train_job, capsys, "holds no summary.json")
+    refused(train_job, capsys, "summary.json does not read back as it was written")
 
 
 @pytest.mark.parametrize(
