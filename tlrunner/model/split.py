@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_list
 
 from tlrunner.model.stages import Stages, module_spans
+from tlrunner.model.weights import bytes_of
 
 Spans = Mapping[str, tuple[int, ...]]  # module -> the stages it reaches into
 Pairs = dict[fx.Node, tuple[Any, Any]]  # its value for the example, and for one image fewer
@@ -117,9 +118,9 @@ def fingerprint(prefix: fx.GraphModule) -> str:
             module = prefix.get_submodule(str(node.target))
             digest.update(_description(module).encode())
             for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-                digest.update(name.encode() + _bytes_of(tensor))
+                digest.update(name.encode() + bytes_of(tensor))
         elif node.op == "get_attr":
-            digest.update(_bytes_of(operator.attrgetter(str(node.target))(prefix)))
+            digest.update(bytes_of(operator.attrgetter(str(node.target))(prefix)))
     return digest.hexdigest()
 
 
@@ -136,12 +137,6 @@ def _description(module: nn.Module) -> str:
 def _is_plain(value: Any) -> bool:
     is_sequence = isinstance(value, tuple | list)
     return all(map(_is_plain, value)) if is_sequence else isinstance(value, PLAIN)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    content = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return f" {tensor.dtype} {tuple(tensor.shape)}\n".encode() + bytes(content)
 
 
 # -- Following the forward pass ------------------------------------------------------------------

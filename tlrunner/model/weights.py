@@ -117,10 +117,15 @@ def fingerprint_state(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and bytes of tensors, wherever they lie."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        digest.update(name.encode() + bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """Type, shape and content of a tensor, to be hashed; they do not depend on where it lies."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    content = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return f" {tensor.dtype} {tuple(tensor.shape)}\n".encode() + bytes(content)
 
 
 def load_state(

@@ -5,8 +5,8 @@ from the disk again, and compared; `_SUCCESS` lists those hashes and is written 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tlrunner.data.dataset import Dataset
@@ -78,7 +78,7 @@ def _succeed(run: RunDir, made: list[str], given: list[str]) -> None:
     """Vouch for what was made and read back just now, and for what there was."""
     facts = {name: describe_file(run.path / name) for name in (*made, *given)}
     if run.uri:  # what is local was hashed as it was read just now
-        copied = {**{name: facts[name] for name in given}, **_committed(run.path / "best")}
+        copied = {name: facts[name] for name in given} | _of_best(committed(run.path / "best"))
         for name, fact in copied.items():
             run.place.check(name, fact.sha256)
     run.check_held()
@@ -86,8 +86,8 @@ def _succeed(run: RunDir, made: list[str], given: list[str]) -> None:
     run.place.save(run.path / SUCCESS)
 
 
-def _committed(best: Path) -> dict[str, Fact]:
-    return {f"best/{name}": fact for name, fact in committed(best).items()}
+def _of_best(facts: Mapping[str, Fact]) -> dict[str, Fact]:
+    return {f"best/{name}": fact for name, fact in facts.items()}
 
 
 def check_finished(run: RunDir) -> None:
@@ -98,7 +98,7 @@ def check_finished(run: RunDir) -> None:
     """
     vouched = run.place.read(dict[str, Fact], SUCCESS) or {}
     model = run.place.read(dict[str, Fact], f"best/{COMMIT}") or {}
-    for name, fact in {**vouched, **{f"best/{n}": fact for n, fact in model.items()}}.items():
+    for name, fact in (vouched | _of_best(model)).items():
         check_name(name, str(run.place))
         run.place.check(name, fact.sha256)
 

@@ -38,6 +38,9 @@ class Stood:
     weights_sha256: str | None = None  # of the tensors that were pretrained, if any were
 
 
+NOT_STARTED = Stood(step=0, epoch=0, seconds=0.0)
+
+
 @dataclass(frozen=True)
 class Resumed:
     """A checkpoint to go on from."""
@@ -45,22 +48,6 @@ class Resumed:
     trained: dict[str, Tensor]  # averaged, if the config averages
     training: dict[str, Tensor]
     stood: Stood
-
-    @property
-    def epoch(self) -> int:
-        return self.stood.epoch
-
-    @property
-    def begun(self) -> Begun:
-        return self.stood.begun
-
-    @property
-    def seconds(self) -> float:
-        return self.stood.seconds
-
-    @property
-    def step(self) -> int:
-        return self.stood.step
 
     def check_origin(self, origin: Mapping[str, str | None], backbone: str) -> None:
         """Check that what the trial has from elsewhere is what it was begun with.
@@ -178,8 +165,8 @@ def _check_fits(loop: Loop, resumed: Resumed) -> None:
     scaler, former = loop.accelerator.scaler, resumed.stood.scaler
     if scaler is not None and former and former.keys() != scaler.state_dict().keys():
         unfit.append("scaler")
-    if resumed.epoch > loop.train.epochs:
-        unfit.append(f"epoch {resumed.epoch}")
+    if resumed.stood.epoch > loop.train.epochs:
+        unfit.append(f"epoch {resumed.stood.epoch}")
     if unfit:
         raise StorageError(
             f"a checkpoint does not fit the trial: {', '.join(unfit[:3])} ({len(unfit)} in all)",

@@ -35,7 +35,7 @@ from tlrunner.train.loop import DivergedError, Loop
 from tlrunner.train.metrics import NOT_BEGUN, Begun
 from tlrunner.train.place import Place
 from tlrunner.train.probe import check_memory, latency_seconds
-from tlrunner.train.resume import Resumed, load_training_state, read_resumable
+from tlrunner.train.resume import NOT_STARTED, Resumed, load_training_state, read_resumable
 from tlrunner.train.reuse import Reuse
 from tlrunner.train.swept import Member, sweep_of
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
@@ -53,15 +53,15 @@ class TrialResult:
 
 
 class Built(NamedTuple):
-    """What trains, what it is fed with, the model's latency in seconds, its weights as they came.
+    """What trains, what it is fed with, the model's latency in seconds, and where it all is from.
 
-    `weights_sha256`: None where nothing was pretrained.
+    `origin`: hashes of the images and of the pretrained weights, None where there are none.
     """
 
     loop: Loop
     reuse: Reuse
     latency: float
-    weights_sha256: str | None
+    origin: Mapping[str, str | None]
 
 
 def run_trial(
@@ -175,22 +175,20 @@ def _run(
 ) -> TrialResult:
     started = time.monotonic()
     resumed = read_resumable(resume_from) if resume_from else None
-    first_epoch, seconds_before = (resumed.epoch, resumed.seconds) if resumed else (0, 0.0)
+    stood = resumed.stood if resumed else NOT_STARTED
     record = TrialDir(trial_dir) if trial_dir and world.rank == 0 else None
     if record:
-        first_step = resumed.step if resumed else 0
-        record.begin(config, notes, after_epoch=first_epoch, after_step=first_step)
+        record.begin(config, notes, after_epoch=stood.epoch, after_step=stood.step)
 
     # -- Data, model, freezing, reuse --------------------------------------------------------------
-    loop, reuse, latency, weights_sha256 = build(config, images, world, beside)
-    feed, num_stages = reuse.feed, len(loop.classifier.stages.names)
-    origin = {"data_sha256": feed.dataset.manifest.sha256, "weights_sha256": weights_sha256}
+    loop, reuse, latency, origin = build(config, images, world, beside)
+    num_stages = len(loop.classifier.stages.names)
     if record:
-        loop.watchdog.tell = partial(note_attempt, record.place, "stalled", first_step)
+        loop.watchdog.tell = partial(note_attempt, record.place, "stalled", stood.step)
     phases = phase_starts(config.freeze, num_stages, config.train.epochs)
     if loop.accelerator.device.type == "cuda":
-        last_levels = levels(config.freeze, num_stages, phases[-1])
-        check_memory(loop, last_levels, feed.micro_batch_size, feed.preprocess.image_size)
+        sizes = reuse.feed.micro_batch_size, reuse.feed.preprocess.image_size
+        check_memory(loop, levels(config.freeze, num_stages, phases[-1]), *sizes)
     if resumed:
         _go_on(config, loop, reuse, resumed, origin)
     sweep = None if resumed or num_last else sweep_of(config, loop, reuse, beside)
@@ -201,13 +199,13 @@ def _run(
         num_last,
         origin=origin,
         goes_on=not sweep,
-        elapsed=lambda: seconds_before + time.monotonic() - started,
+        elapsed=lambda: stood.seconds + time.monotonic() - started,
         is_halted=is_halted,
     )
 
     # -- Epochs ------------------------------------------------------------------------------------
-    begun = resumed.begun if resumed else NOT_BEGUN
-    for epoch in range(first_epoch, config.train.epochs):
+    begun = stood.begun
+    for epoch in range(stood.epoch, config.train.epochs):
         keeper.epoch = epoch
         if epoch in phases and not begun.num_batches:
             _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
@@ -221,8 +219,7 @@ def _run(
             keeper.end("diverged", str(err))
             return TrialResult("diverged", keeper.best, str(err))
         begun = NOT_BEGUN
-        finished = replace(finished, latency_seconds=latency, seconds=keeper.elapsed())
-        report(keeper.keep(finished))
+        report(keeper.keep(replace(finished, latency_seconds=latency, seconds=keeper.elapsed())))
     return TrialResult("completed", keeper.best)
 
 
@@ -235,7 +232,8 @@ def _go_on(
 ) -> None:
     """Put what trains where a checkpoint left it, in the phase that it was broken off in."""
     resumed.check_origin(origin, config.backbone.name)
-    epoch = resumed.epoch if resumed.begun.num_batches else resumed.epoch - 1
+    stood = resumed.stood
+    epoch = stood.epoch if stood.begun.num_batches else stood.epoch - 1
     num_stages = len(loop.classifier.stages.names)
     _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
     load_training_state(loop, resumed)
@@ -267,7 +265,9 @@ def build(config: TrialConfig, images: Images | None, world: World, beside: Besi
         repr([config.head, accelerator.device, config.train.mixed_precision]),
         lambda: latency_seconds(loop, preprocess.image_size),
     )
-    return Built(loop, reuse, latency, loaded.weights_sha256)
+    images_sha256, weights_sha256 = dataset.manifest.sha256, loaded.weights_sha256
+    origin = {"data_sha256": images_sha256, "weights_sha256": weights_sha256}
+    return Built(loop, reuse, latency, origin)
 
 
 def _enter_phase(loop: Loop, reuse: Reuse, of_stages: tuple[Level, ...]) -> None:

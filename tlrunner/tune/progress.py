@@ -127,8 +127,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         row = self._row(trial)
-        if result.get("epoch", 0) <= row.epoch:
-            return  # told again, behind a start from a checkpoint; or ended without an epoch
+        if result["epoch"] <= row.epoch:
+            return  # told again, behind a start from a checkpoint
         row.epoch, row.seconds = result["epoch"], result["seconds"]
         row.val_acc = max(row.val_acc or 0.0, result["val_acc"])
         if row.epoch < row.planned.config.train.epochs:  # the last one is said with the end
@@ -151,7 +151,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
         directory = self._directory(row)
-        row.state = directory.read().state if directory.has_begun else "interrupted"
+        row.state = state_of(directory)
         if row.state == "interrupted" and not self.is_halted():  # the scheduler ended it
             row.state = "stopped"
             directory.end("stopped")
@@ -162,7 +162,7 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._follow(trial)  # a copy may fail before it starts
         directory = self._directory(row)
-        row.state = directory.read().state if directory.has_begun else "interrupted"
+        row.state = state_of(directory)
         if row.state == "interrupted":
             row.state = "failed"
             self._record_death(directory, row.planned)
@@ -219,3 +219,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         total = "" if self.num_trials is None else f" of {self.num_trials}"
         text = f"{ended}{total} trials ended, {seconds:.0f} s{best_text}{hidden}"
         return Group(table, Text(text))
+
+
+def state_of(directory: TrialDir) -> State:
+    """How a trial stands by its directory, also where its process could not even begin it."""
+    return directory.read().state if directory.has_begun else "interrupted"

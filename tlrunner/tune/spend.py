@@ -50,8 +50,6 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        if "val_acc" not in result:
-            return  # ended without an epoch
         best = max(self.told.get(trial.trial_id, (0.0, 0.0))[0], result["val_acc"])
         self.told[trial.trial_id] = best, result["seconds"]
 

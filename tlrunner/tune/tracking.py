@@ -152,7 +152,7 @@ class Tracker(tune.Callback):  # type: ignore[misc]  # ray is not typed
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        shown, epoch = self.shown.get(trial.trial_id), result.get("epoch", 0)
+        shown, epoch = self.shown.get(trial.trial_id), result["epoch"]
         if shown and epoch > self.last_epoch.get(shown, 0):
             self.last_epoch[shown] = epoch
             self._tell(shown, self.told.logger.log_trial_result, epoch, shown, _figures(result))

@@ -151,7 +151,7 @@ def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> boo
 
     What happens to nodes and places passes, however often; who gives up on that is the search.
     """
-    from tlrunner.train.attempts import is_hopeless, note_attempt, read_attempts
+    from tlrunner.train.attempts import Attempt, is_hopeless, note_attempt, read_attempts
 
     if isinstance(error, UnavailableError | InterruptedRun | RayError):
         return False
@@ -161,7 +161,7 @@ def _is_final(directory: "TrialDir", error: Exception, max_failures: int) -> boo
     step = next((a.step for a in reversed(attempts) if a.event == "started"), 0)
     told = redacted(f"{type(error).__name__}: {error}")[:500]
     note_attempt(directory.place, "failed", step, told)
-    return is_hopeless(read_attempts(directory.place), max_failures)
+    return is_hopeless([*attempts, Attempt("failed", step, told)], max_failures)
 
 
 def report(finished: "EpochReport") -> None:
