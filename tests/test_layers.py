@@ -29,7 +29,7 @@ RANKS = [
     {"train"},
     {"tune"},
     {"report"},
-    {"run", "predict", "screen"},
+    {"run", "predict", "screen", "tools"},
     {"cli"},
 ]
 RANK_OF = {layer: rank for rank, layers in enumerate(RANKS) for layer in layers}

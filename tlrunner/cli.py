@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from tlrunner.config import BackboneConfig, FreezeConfig, HeadConfig
-from tlrunner.configfile import load, validate
+from tlrunner.configfile import load
 from tlrunner.errors import ConfigError, InterruptedRun, TlrunnerError
 from tlrunner.jobconfig import LogConfig, PrepareJob
 from tlrunner.machine import importing
 from tlrunner.section import Section
 from tlrunner.signals import interrupted
+from tlrunner.tools import backbones, freeze, weights
 
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
+
+TOOLS = {"freeze": freeze, "backbones": backbones, "weights": weights}
 
 log = logging.getLogger("tlrunner")
 LOG_WIDTH = 160  # of tables in a log, which has no width of its own
@@ -68,23 +69,17 @@ def run_job(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `tlrunner` command."""
-    parser = _Parser(prog="tlrunner", description="Transfer learning on images: tools.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    freeze = commands.add_parser("freeze", help="show what a freeze strategy trains of a backbone")
-    freeze.add_argument("backbone", help="as backbone.name, e.g. resnet50")
-    freeze.add_argument("strategy", help="as freeze.strategy, e.g. last_stages")
-    freeze.add_argument("--num-stages", type=int, help="for last_stages and first_stages")
-    freeze.add_argument("--epoch", type=int, default=0, help="for lp_ft and gradual; from 0")
-    backbones = commands.add_parser("backbones", help="list backbones by name")
-    backbones.add_argument("pattern", nargs="?", default="", help="part of a name")
-    commands.add_parser("shard", help="write images as shards; flags of jobs/prepare_images.py")
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["shard"]:
         prepare = "tlrunner.run:prepare_images"
         return run_job("shard", PrepareJob, prepare, prog="tlrunner shard", argv=argv[1:])
+    parser = _Parser(prog="tlrunner", description="Transfer learning on images: tools.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, tool in TOOLS.items():
+        tool.arguments(commands.add_parser(name, help=tool.HELP))
+    commands.add_parser("shard", help="write images as shards; flags of jobs/prepare_images.py")
     flags = parser.parse_args(argv)
-    command = {"freeze": _freeze, "backbones": _backbones}[flags.command]
-    return at_the_border(lambda: command(flags))
+    return at_the_border(lambda: TOOLS[flags.command].run(flags, _console()))
 
 
 def at_the_border(run: Callable[[], int]) -> int:
@@ -140,48 +135,6 @@ def _job_parser(prog: str, needs_model: bool) -> argparse.ArgumentParser:
     if needs_model:
         parser.add_argument("--model", metavar="URI", required=True, help="RUN/best")
     return parser
-
-
-def _freeze(flags: argparse.Namespace) -> int:
-    """Print the audit of a strategy: what trains, stage by stage."""
-    from tlrunner.model.classifier import build_classifier
-    from tlrunner.model.freeze import audit, check, levels
-
-    backbone = BackboneConfig(name=flags.backbone, weights="none")
-    given = {"strategy": flags.strategy, "num_stages": flags.num_stages}
-    freeze = validate(FreezeConfig, given)
-    classifier, _ = build_classifier(backbone, HeadConfig(), num_classes=5)
-    num_stages = len(classifier.stages.names)
-    check(freeze, num_stages, backbone.name)
-    classifier.set_levels(levels(freeze, num_stages, flags.epoch))
-    rows = audit(classifier)
-    table = Table("stage", "parameters", "trained", "norm layers", "pinned")
-    for row in rows:
-        table.add_row(
-            row.stage,
-            f"{row.num_params:,}",
-            f"{row.num_trainable:,}" if row.num_trainable else "frozen",
-            str(row.num_norm_layers),
-            str(row.num_pinned),
-        )
-    total, trained = sum(r.num_params for r in rows), sum(r.num_trainable for r in rows)
-    console = _console()
-    console.print(table)
-    console.print(
-        f"{backbone.name}, {freeze}, 5 classes: {trained:,} of {total:,} parameters train "
-        f"({trained / total:.1%})",
-        highlight=False,
-    )
-    return 0
-
-
-def _backbones(flags: argparse.Namespace) -> int:
-    from tlrunner.model.backbones import backbone_names
-
-    for name in backbone_names():
-        if flags.pattern in name:
-            print(name)
-    return 0
 
 
 def _console() -> Console:

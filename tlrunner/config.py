@@ -54,10 +54,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _streams_are_not_kept(self) -> "DataConfig":
         if self.streaming == "on" and self.decoded_cache == "on":
-            raise ValueError(
-                "'decoded_cache: on' is not used with 'streaming: on', which is for images that "
-                "the disk has no room for"
-            )
+            raise ValueError("'decoded_cache: on' is not used with 'streaming: on'")
         return self
 
 
@@ -68,6 +65,8 @@ class BackboneConfig(Section):
     """A torchvision classification model, `timm/NAME`, or `efficientnet_lite0|1|2` (packaged)."""
     weights: Uri = "default"
     """`default`, `none`, a named set (`IMAGENET1K_V2`), or a file path or `s3://` URI."""
+    weights_uri: Uri | None = None
+    """Where `tlrunner weights` staged published weights. None: their hub is asked for them."""
     weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """SHA-256 that a weights file or URI must have."""
 

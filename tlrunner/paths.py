@@ -12,16 +12,19 @@ AnyTrial = TypeVar("AnyTrial", bound=TrialConfig)
 def with_absolute_paths(job: AnyTrial) -> AnyTrial:
     """Trials run in directories of their own, so relative paths are settled here."""
     weights = job.backbone.weights
-    settled = {"weights": absolute(weights)} if is_weights_file(weights) else {}
+    settled: dict[str, str | None] = {}
+    if is_weights_file(weights):
+        settled["weights"] = absolute(weights)
     data = job.data.model_copy(
         update={
             "uri": absolute(job.data.uri),
             "cache_dir": str(local_path(job.data.cache_dir)),
         }
     )
+    staged, shared = job.backbone.weights_uri, job.reuse.uri
+    settled["weights_uri"] = staged and absolute(staged)
     backbone = job.backbone.model_copy(update=settled)
-    uri = job.reuse.uri
-    reuse = job.reuse.model_copy(update={"uri": uri and absolute(uri)})
+    reuse = job.reuse.model_copy(update={"uri": shared and absolute(shared)})
     return job.model_copy(update={"data": data, "backbone": backbone, "reuse": reuse})
 
 

@@ -65,6 +65,33 @@ def _library(name: str) -> tuple[ModuleType, str]:
     )
 
 
+def published_name(config: BackboneConfig) -> str | None:
+    """What the weights of a config are called where they are published: model and set.
+
+    None where nobody is asked for them: a file, none, or installed with tlrunner.
+
+    Raises:
+        ConfigError: an unknown name or weights.
+    """
+    weights = choose_weights(config)
+    if weights.kind != "named" or config.name in from_timm.LITE:
+        return None
+    library, inner = _library(config.name)
+    name: str = library.published_name(inner, weights)
+    return name
+
+
+def published_state(config: BackboneConfig) -> tuple[str, dict[str, Tensor]]:
+    """Where weights that have a `published_name` are from, and all of their tensors.
+
+    Raises:
+        StorageError: they cannot be fetched.
+    """
+    library, inner = _library(config.name)
+    found: tuple[str, dict[str, Tensor]] = library.published_state(inner, choose_weights(config))
+    return found
+
+
 def _preprocess(name: str, weights: Weights, image_size: int | None) -> Preprocess:
     library, inner = _library(name)
     found: Preprocess = library.preprocess(inner, weights)
@@ -144,7 +171,7 @@ def describe(config: BackboneConfig, image_size: int | None = None) -> BackboneI
         ConfigError: an unknown name or weights, an image size that it cannot take.
         StorageError: a local file of weights is not there.
     """
-    is_remote = "://" in config.weights
+    is_remote = "://" in config.weights and not config.weights_uri
     weights = Weights("file") if is_remote else choose_weights(config)
     preprocess = _preprocess(config.name, weights, image_size)
     stage_names, num_params = _outline(config.name, preprocess.image_size)

@@ -100,21 +100,45 @@ def build(
         StorageError: weights that cannot be fetched or read.
     """
     full_name = tagged(LITE.get(name, name), weights)
-    if weights.kind == "file":
+    if weights.path:
         model = _create(full_name, image_size, **_from_file(full_name, weights))
     elif weights.kind == "none" or name in LITE:
         model = _create(full_name, image_size)
         if weights.kind == "named":
             load_state(model, *_packaged_state(name, model))
     else:
-        cfg = get_pretrained_cfg(full_name)
-        with downloading(cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"), _weights_only():
+        with downloading(_source(full_name)), _weights_only():
             model = _create(full_name, image_size, pretrained=True)
     # What timm keeps of a loaded state dict, by reference, would double a model's memory.
     model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full_name).to_dict()
     if pooling != "auto":
         _set_pooling(model, pooling, full_name)
     return model, _stages(model)
+
+
+def published_name(name: str, weights: Weights) -> str:
+    """Of named weights: the model and the tag, as `timm/convnext_tiny.fb_in22k`."""
+    full_name = tagged(name, weights)
+    tag = get_pretrained_cfg(full_name).tag
+    return f"timm/{full_name.partition('.')[0]}" + (f".{tag}" if tag else "")
+
+
+def published_state(name: str, weights: Weights) -> tuple[str, dict[str, Tensor]]:
+    """Where named weights are from, and their tensors, with those of their classifier.
+
+    Raises:
+        ConfigError: no weights of that name.
+        StorageError: they cannot be fetched.
+    """
+    full_name = tagged(name, weights)
+    source = _source(full_name)
+    with downloading(source), _weights_only():
+        return source, timm.create_model(full_name, pretrained=True).state_dict()
+
+
+def _source(full_name: str) -> str:
+    cfg = get_pretrained_cfg(full_name)
+    return str(cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}")
 
 
 def _create(name: str, image_size: int, **arguments: Any) -> Any:

@@ -66,11 +66,18 @@ def _weights_set(name: str, weights: Weights) -> Any:
     return sets[weights.name]
 
 
-def _pretrained_state(name: str, weights: Weights) -> tuple[str, dict[str, Tensor]]:
-    """Where the tensors are from, and the tensors."""
-    if weights.kind == "file":
-        assert weights.path is not None
-        return str(weights.path), read_state(weights.path, weights.sha256)
+def published_name(name: str, weights: Weights) -> str:
+    """Of named weights: the model and the set, as `resnet50.IMAGENET1K_V2`."""
+    return f"{name}.{_weights_set(name, weights).name}"
+
+
+def published_state(name: str, weights: Weights) -> tuple[str, dict[str, Tensor]]:
+    """Where named weights are from, and their tensors, with those of their classifier.
+
+    Raises:
+        ConfigError: no weights of that name.
+        StorageError: they cannot be fetched.
+    """
     chosen = _weights_set(name, weights)
     with downloading(chosen.url):
         state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -101,7 +108,10 @@ def build(
     dropped = set(model.state_dict())
     backbone, stages = _vit(model, pooling) if name.startswith("vit_") else _cut(model, pooling)
     if weights.kind != "none":
-        source, state = _pretrained_state(name, weights)
+        if weights.path:
+            source, state = str(weights.path), read_state(weights.path, weights.sha256)
+        else:
+            source, state = published_state(name, weights)
         if name.startswith("vit_"):
             state = _resize_embeddings(state, image_size, model.patch_size, source)
         load_state(backbone, state, source, dropped - set(backbone.state_dict()))

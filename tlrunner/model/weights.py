@@ -31,7 +31,10 @@ CLASSIFIER = re.compile(
 
 @dataclass(frozen=True)
 class Weights:
-    """A choice of weights. `name` is `default` or a named set, `path` a local file."""
+    """A choice of weights. `name` is `default` or a named set, `path` a local file.
+
+    A file of named weights is one that was staged.
+    """
 
     kind: Literal["none", "named", "file"]
     name: str = ""
@@ -43,13 +46,21 @@ NO_WEIGHTS = Weights("none")
 
 
 def choose_weights(config: BackboneConfig, weights_file: Path | None = None) -> Weights:
-    """What `backbone.weights` means. A URI needs `weights_file`, its local copy.
+    """What `backbone.weights` means. `weights_file`: the local copy of a URI, or of what is staged.
 
     Raises:
-        ConfigError: `weights_sha256` is given for weights that are no file.
+        ConfigError: `weights_sha256` is given for weights that are no file, or `weights_uri` for
+            some that are not published.
         StorageError: the file is not there.
     """
-    if weights_file or is_weights_file(config.weights):
+    is_file = is_weights_file(config.weights)
+    if config.weights_uri and (is_file or config.weights == "none"):
+        raise ConfigError(
+            f"backbone.weights_uri is not used with backbone.weights '{config.weights}'",
+            "only with published weights",
+            "leave it out",
+        )
+    if is_file:
         path = weights_file or local_path(config.weights)
         if not path.is_file():
             raise StorageError(f"backbone.weights: there is no file {path}", "", "check the path")
@@ -59,7 +70,9 @@ def choose_weights(config: BackboneConfig, weights_file: Path | None = None) -> 
             f"backbone.weights_sha256 is not used with backbone.weights '{config.weights}'",
             "only with a file or URI",
         )
-    return NO_WEIGHTS if config.weights == "none" else Weights("named", config.weights)
+    if config.weights == "none":
+        return NO_WEIGHTS
+    return Weights("named", config.weights, path=weights_file)
 
 
 def read_state(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -181,6 +194,6 @@ def downloading(url: str) -> Iterator[None]:
         raise StorageError(
             f"pretrained weights could not be fetched from {url}: {first_line(err)}",
             "",
-            "give backbone.weights a file, or 'none', or use backbone.name efficientnet_lite0, "
-            "whose weights are installed with tlrunner",
+            "stage them where there is a network (tlrunner weights pull), give backbone.weights a "
+            "file or 'none', or use backbone.name efficientnet_lite0, which comes with tlrunner",
         ) from err

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tlrunner.config import CACHE_DIR, Preprocess, TrialConfig
+from tlrunner.config import CACHE_DIR, BackboneConfig, Preprocess, TrialConfig
 from tlrunner.data.augment import EvalTransform
 from tlrunner.data.decode import (
     Decoded,
@@ -116,7 +116,7 @@ def load(path: str | Path, cache_dir: str | Path = CACHE_DIR) -> Deployed:
     if not labels:
         raise not_as_written(directory / "labels.json", "no labels", "at least one")
     preprocess = read_stored(Preprocess, directory / "preprocess.json")
-    architecture = config.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
+    architecture = BackboneConfig(name=config.backbone.name, weights="none")
     classifier, _ = build_classifier(architecture, config.head, len(labels), preprocess.image_size)
     weights = directory / "model.safetensors"
     try:

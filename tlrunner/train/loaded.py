@@ -5,6 +5,7 @@ for its training, beside other trials, and for its export.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tlrunner.data.fetch import fetch
 from tlrunner.model.backbones import Backbone, build_backbone
 from tlrunner.model.classifier import Classifier, with_head
 from tlrunner.model.weights import fingerprint_state
+from tlrunner.train.staged import local_copy
 from tlrunner.train.warm import Warm
 from tlrunner.uris import is_weights_file
 
@@ -76,7 +78,10 @@ def new_classifier(config: TrialConfig, loaded: Loaded, num_classes: int) -> Cla
 def _load(config: TrialConfig, *, is_kept: bool) -> Loaded:
     torch.manual_seed(config.train.seed)
     weights, sha256 = config.backbone.weights, config.backbone.weights_sha256
-    file = fetch(weights, config.data.cache_dir, sha256) if is_weights_file(weights) else None
+    if is_weights_file(weights):
+        file: Path | None = fetch(weights, config.data.cache_dir, sha256)
+    else:
+        file = local_copy(config.backbone, config.data.cache_dir)
     backbone = build_backbone(config.backbone, config.head, config.data.image_size, file)
     state = backbone.module.state_dict() if is_kept else {}
     pristine = {name: tensor.clone() for name, tensor in state.items()}

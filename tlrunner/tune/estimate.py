@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tlrunner.config import Preprocess, TrialConfig
+from tlrunner.config import BackboneConfig, Preprocess, TrialConfig
 from tlrunner.model.classifier import Classifier, build_classifier
 from tlrunner.model.freeze import levels
 
@@ -79,7 +79,7 @@ def with_random_weights(trial: TrialConfig, num_classes: int) -> tuple[Classifie
     """The trial's classifier without its weights, on the device that the trial would use here."""
     device = "cuda" if trial.resources.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
     torch.set_num_threads(trial.resources.cpus_per_worker)
-    backbone = trial.backbone.model_copy(update={"weights": "none", "weights_sha256": None})
+    backbone = BackboneConfig(name=trial.backbone.name, weights="none")
     size = trial.data.image_size
     classifier, preprocess = build_classifier(backbone, trial.head, num_classes, size)
     classifier.to(device)

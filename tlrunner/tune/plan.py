@@ -25,6 +25,7 @@ from tlrunner.machine import num_cpus
 from tlrunner.model.classifier import describe
 from tlrunner.model.freeze import check
 from tlrunner.searchconfig import MOST_TRIALS
+from tlrunner.train.staged import check_staged
 from tlrunner.tune.estimate import Cost, estimate_costs
 from tlrunner.tune.rank import check_rank, searched_backbones
 from tlrunner.tune.reuse_plan import ReusePlan, plan_reuse
@@ -115,10 +116,11 @@ def most_epochs(job: JobConfig) -> int:
 def check_trial(config: TrialConfig) -> None:
     """Check what no single section can: the backbone's stages, the precision of the device.
 
-    And that `reuse.uri` is a place, if no more than that.
+    And that `reuse.uri` is a place, if no more than that, and that staged weights are there.
     """
     if config.reuse.uri:
         open_store(config.reuse.uri)
+    check_staged(config.backbone)
     num_stages = len(describe(config.backbone, config.data.image_size).stage_names)
     check(config.freeze, num_stages, config.backbone.name)
     if config.train.mixed_precision == "fp16" and config.resources.gpus_per_worker == 0:
