@@ -20,11 +20,17 @@ from tlrunner.jobconfig import LogConfig, PrepareJob
 from tlrunner.machine import importing
 from tlrunner.section import Section
 from tlrunner.signals import interrupted
-from tlrunner.tools import backbones, freeze, weights
+from tlrunner.tools import backbones, doctor, freeze, submit, weights
 
 Job = Callable[..., int]  # (config, [model,] job name, console, dry run) -> exit code
 
-TOOLS = {"freeze": freeze, "backbones": backbones, "weights": weights}
+TOOLS = {
+    "freeze": freeze,
+    "backbones": backbones,
+    "weights": weights,
+    "submit": submit,
+    "doctor": doctor,
+}
 
 log = logging.getLogger("tlrunner")
 LOG_WIDTH = 160  # of tables in a log, which has no width of its own
@@ -78,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, tool in TOOLS.items():
         tool.arguments(commands.add_parser(name, help=tool.HELP))
     commands.add_parser("shard", help="write images as shards; flags of jobs/prepare_images.py")
-    flags = parser.parse_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = parser.parse_args(argv[:end], argparse.Namespace(after=argv[end + 1 :]))
+    if flags.after and flags.command != "submit":
+        parser.error(f"{flags.command} takes nothing after --")
     return at_the_border(lambda: TOOLS[flags.command].run(flags, _console()))
 
 

@@ -95,8 +95,22 @@ def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Jo
         ended = job(
             address, "large", search={}, resources={"workers_per_trial": 4, "gpus_per_worker": 0}
         )
+        fit = subprocess.run(
+            [Path(sys.executable).with_name("tlrunner"), "doctor", "--cluster"],
+            env={**os.environ, "RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert ended.returncode == 69
     (line,) = ended.stderr.strip().splitlines()
     assert "resources.workers_per_trial is 4" in line
     assert "1 x 2 CPUs and 0 GPUs" in line
     assert "1 x 1 CPUs and 0 GPUs" in line
+
+    assert fit.returncode == 69, fit.stdout + fit.stderr  # for its dashboard asks for no token
+    told = fit.stdout.splitlines()
+    assert sum(": as here: ok" in line for line in told) == 2
+    assert sum(", memory: " in line for line in told) == 2
+    assert [line for line in told if not line.endswith(": ok")] == told[-1:]
+    assert "anyone who reaches it can run code" in told[-1]

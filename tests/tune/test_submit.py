@@ -1,5 +1,6 @@
 """The main job as a cluster's users start it: `ray start`, then `ray job submit`."""
 
+import base64
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.tools.fake_kubectl import cluster, install
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +98,13 @@ def submit(
     return ended
 
 
+def tlrunner_submit(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY.with_name("tlrunner")), "submit", "jobs/tune_flowers.py", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
 @pytest.mark.parametrize("head", ["token"], indirect=True)
 def test_a_submitted_search_is_followed_and_its_exit_code_arrives(
     head: dict[str, str], tiny_tree: dict[str, Any], tmp_path: Path
@@ -111,9 +121,25 @@ def test_a_submitted_search_is_followed_and_its_exit_code_arrives(
     assert "exit code 64" in said
     assert "unknown key 'train.epoch'" in said
 
-    ended = submit(head | {"RAY_AUTH_MODE": "disabled"}, *flags)
+    unknown = head | {"RAY_AUTH_MODE": "disabled"}
+    ended = submit(unknown, *flags)
     assert ended.returncode != 0
     assert "Authentication" in ended.stdout + ended.stderr
+
+    # By tlrunner's own command, from the Secret of a cluster that it finds, to the job's own code.
+    port = int(head["RAY_API_SERVER_ADDRESS"].rpartition(":")[2])
+    token = base64.b64encode(Path(head["RAY_AUTH_TOKEN_PATH"]).read_bytes()).decode()
+    answers = {"items": [cluster("tlrunner")]}
+    secret = {"data": {"auth_token": token}}
+    install(tmp_path / "bin", {"rayclusters.ray.io": answers, "secret": secret, "port": port})
+    found = unknown | {"PATH": os.pathsep.join([str(tmp_path / "bin"), head["PATH"]])}
+    wrong = ["--set", "train.epoch=2"]
+    ended = tlrunner_submit(found, "--context", "prod", "--", *wrong)
+    assert ended.returncode == 64, ended.stdout + ended.stderr
+    assert "unknown key 'train.epoch'" in ended.stdout
+    ended = tlrunner_submit(unknown, "--", *wrong)
+    assert ended.returncode == 69
+    assert "asks for a token" in ended.stderr
 
 
 @pytest.mark.parametrize("head", ["disabled"], indirect=True)

@@ -1,0 +1,167 @@
+"""`tlrunner submit` but for the cluster: what it would send, where to, and what it makes of it."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.job_submission import JobStatus
+
+from tlrunner.cli import main
+from tlrunner.errors import ConfigError, ResourceError
+from tlrunner.tools import submit as tool
+from tlrunner.tools.bundle import Bundle
+from tlrunner.tune import submission
+from tlrunner.tune.submission import Door, Ended, follow
+
+Captured = pytest.CaptureFixture[str]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class FakeClient:
+    """A cluster with one job; each item of `tails` is what one connection to its log gives."""
+
+    def __init__(self, tails: list[list[str]], status: JobStatus, code: int | None) -> None:
+        self.tails, self.end = (
+            tails,
+            SimpleNamespace(status=status, driver_exit_code=code, message="said"),
+        )
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        return SimpleNamespace(status=JobStatus.RUNNING) if self.tails else self.end
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "one\ntwo\nthree\n"
+
+    async def tail_job_logs(self, job_id: str):
+        for text in self.tails.pop(0):
+            if text == "broken":
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            yield text
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    def _followed(client: object) -> tuple[str, Ended]:
+        shown: list[str] = []
+        monkeypatch.setattr(submission, "AGAIN_SECONDS", 0.0)
+        monkeypatch.setattr(submission, "JobSubmissionClient", lambda *_, **__: client)
+        ended = follow(Door(lambda: nullcontext("http://h:1"), None), "first", shown.append)
+        return "".join(shown), ended
+
+    return _followed
+
+
+TAILS = [["on", "e\ntw", "broken"], ["one\n", "two\nth", "broken"], ["one\ntwo\nthree"]]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "exit_code"),
+    [
+        (JobStatus.SUCCEEDED, 0, 0),
+        (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, 64, 64),
+        (JobStatus.FAILED, -9, 137),
+        (JobStatus.FAILED, None, 70),
+        (JobStatus.STOPPED, None, 75),
+    ],
+)
+def test_a_log_is_shown_once_however_often_the_way_breaks(followed, status, code, exit_code):
+    shown, ended = followed(FakeClient([*TAILS], status, code))
+    assert shown == "one\ntwo\nthree\n"
+    assert ended == Ended(exit_code, "said")
+
+
+def test_a_job_that_the_cluster_forgot_can_be_continued(followed):
+    client = FakeClient([[]], JobStatus.RUNNING, None)
+
+    def forgotten(job_id: str) -> None:
+        raise RuntimeError("Request failed with status code 404: Job first does not exist.")
+
+    client.get_job_info = forgotten
+    assert followed(client)[1].exit_code == 75
+
+
+def test_a_cluster_that_is_gone_ends_the_following(monkeypatch):
+    monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
+
+    def no_client(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(submission, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(submission, "JobSubmissionClient", no_client)
+    with pytest.raises(ResourceError, match="job first may go on: ray job logs --follow first"):
+        follow(Door(lambda: nullcontext("http://h:1"), None), "first", print)
+
+
+def test_the_config_file_goes_by_its_place_in_the_repository(monkeypatch):
+    bundle = Bundle(ROOT, (Path("jobs/tune_flowers.yaml"),), ())
+    monkeypatch.chdir(ROOT / "jobs")
+    flags = ["--config", "tune_flowers.yaml", "--name", "first", "--config=tune_flowers.yaml"]
+    assert tool._portable(flags, bundle) == [
+        *("--config", "jobs/tune_flowers.yaml", "--name", "first"),
+        "--config=jobs/tune_flowers.yaml",
+    ]
+    for elsewhere in ("/etc/hostname", str(ROOT / "README.md")):
+        with pytest.raises(ConfigError, match="is not sent to the cluster"):
+            tool._portable(["--config", elsewhere], bundle)
+
+
+def test_the_users_token_is_where_ray_looks_for_it(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tool._own_token() is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("of-home\n")
+    assert tool._own_token() == "of-home"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH .* cannot be read"):
+        tool._own_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of-env")
+    assert tool._own_token() == "of-env"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert tool._own_token() is None
+
+
+def test_mistakes_are_told_before_anything_is_sent(capsys: Captured):
+    job = str(ROOT / "jobs" / "tune_flowers.py")
+    assert main(["submit", str(ROOT / "jobs" / "none.py")]) == 64
+    assert main(["submit", "--address", "http://127.0.0.1:9", job]) == 69
+    assert "no Ray cluster answers at http://127.0.0.1:9" in capsys.readouterr().err
+    for flags in (["--id", "A B", job], [job, "--data", "x"], []):
+        with pytest.raises(SystemExit, match="64"):
+            main(["submit", *flags])
+    with pytest.raises(SystemExit, match="64"):
+        main(["backbones", "--", "x"])
+
+
+def test_help_names_every_way(capsys: Captured):
+    with pytest.raises(SystemExit, match="0"):
+        main(["submit", "--help"])
+    said = capsys.readouterr().out
+    assert "--context" in said
+    assert "Ctrl-C ends the following" in said
+
+
+def test_help_needs_neither_torch_nor_ray():
+    script = "import sys, tlrunner.cli; sys.exit(any(n in sys.modules for n in ('ray', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT).returncode == 0
+
+
+def test_ctrl_c_ends_the_following_and_not_the_job(monkeypatch, capsys: Captured):
+    def left(*_: object) -> Ended:
+        raise KeyboardInterrupt
+
+    sent: list[str] = []
+    monkeypatch.setattr(
+        submission, "submit", lambda door, entrypoint, *_: sent.append(entrypoint) or "first"
+    )
+    monkeypatch.setattr(submission, "follow", left)
+    job = str(ROOT / "jobs" / "tune_flowers.py")
+    assert main(["submit", "--address", "http://h:1", job, "--", "--name", "a b"]) == 130
+    assert sent == ["python jobs/tune_flowers.py --name 'a b'"]
+    assert "job first goes on" in capsys.readouterr().out
+    assert main(["submit", "--address", "http://h:1", "--no-wait", job]) == 0
