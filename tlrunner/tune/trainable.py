@@ -83,20 +83,21 @@ def run_planned(
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
     planned = planned_trial(job, values)
     directory = TrialDir(trials.below(planned.trial_id))
-    directory.place.fetch()
-    record = directory.read() if directory.has_begun else None
-    if _has_stalled_again(directory, job.search.max_failures):
-        return
-    resume_from, notes = _beginning(trials, directory, record, values)
-    if record and (record.is_settled or not num_last):
-        # A continued run: what was done is told again, not computed again.
-        num_done = len(record.epochs) if record.is_settled else epoch_of(resume_from)
-        for finished in record.epochs[:num_done]:
-            report(finished)
-        if record.is_settled:
+
+    def go_on() -> None:
+        directory.place.fetch()
+        record = directory.read() if directory.has_begun else None
+        if _has_stalled_again(directory, job.search.max_failures):
             return
-    run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
-    try:
+        resume_from, notes = _beginning(trials, directory, record, values)
+        if record and (record.is_settled or not num_last):
+            # A continued run: what was done is told again, not computed again.
+            num_done = len(record.epochs) if record.is_settled else epoch_of(resume_from)
+            for finished in record.epochs[:num_done]:
+                report(finished)
+            if record.is_settled:
+                return
+        run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
         run(
             planned.config,
             report,
@@ -108,6 +109,9 @@ def run_planned(
             beside=beside,
             is_halted=is_halted,
         )
+
+    try:
+        go_on()
     except Exception as err:  # the border: whatever it is, the trial's directory says so
         if _is_final(directory, err, job.search.max_failures):
             directory.fail(err)
