@@ -7,7 +7,7 @@ size and SHA-256 of each file, so a reader can tell a whole checkpoint from a to
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,24 @@ class Fact:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _Behind:
+    """What `state.json` says of the epochs that are behind a checkpoint."""
+
+    epoch: int = 0
+
+
 def write_checkpoint(
     parent: Path,
     step: int,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     training_state: Mapping[str, Tensor] | None = None,
+    may_commit: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write and commit `parent/<step>-<attempt>/`; an attempt number is never used twice.
+
+    `may_commit`: called once all is written, and raises if it is not to be committed.
 
     Raises:
         StorageError: the disk is full or denies writing.
@@ -55,6 +65,7 @@ def write_checkpoint(
     if training_state is not None:
         save_tensors(directory / TRAINING_STATE, training_state)
     write_json(directory / STATE, {"step": step, **state})
+    may_commit()
     write_commit(directory)
     return directory
 
@@ -93,12 +104,21 @@ def others(parent: Path, checkpoint: Path | None, num_last: int = 0) -> list[Pat
     return [directory for directory in directories if directory not in kept]
 
 
-def resumable(parent: Path) -> Path | None:
-    """The newest checkpoint that training can go on from, and that is as it was committed."""
+def resumable(parent: Path, num_told: int) -> Path | None:
+    """The newest checkpoint that training can go on from, and that is as it was committed.
+
+    `num_told`: epochs whose figures are kept; behind a checkpoint are no others, or they were lost.
+    """
     for directory in reversed(_directories(parent)):
-        if (directory / TRAINING_STATE).exists() and is_whole(directory):
+        is_kept = (directory / TRAINING_STATE).exists() and is_whole(directory)
+        if is_kept and read_stored(_Behind, directory / STATE).epoch <= num_told:
             return directory
     return None
+
+
+def later(parent: Path, step: int) -> list[Path]:
+    """The checkpoints behind a step, committed or not."""
+    return [path for path in _directories(parent) if int(path.name.partition("-")[0]) > step]
 
 
 def is_whole(checkpoint: Path) -> bool:

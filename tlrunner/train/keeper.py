@@ -118,7 +118,8 @@ class Keeper:
         }
         step = self.feed.num_steps * self.epoch + num_batches
         trained = self.loop.trained_state()
-        directory = write_checkpoint(record.checkpoints, step, trained, state, tensors)
+        may_commit = record.place.checked_fence
+        directory = write_checkpoint(record.checkpoints, step, trained, state, tensors, may_commit)
         record.keep(directory)
         self.kept_at = time.monotonic()
         return directory.name

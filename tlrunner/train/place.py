@@ -14,7 +14,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tlrunner.data.fetch import RANGE_BYTES, download, open_store, ranges
 from tlrunner.data.store import LocalStore, Store, check_name
@@ -41,7 +41,7 @@ class Place:
 
     path: Path
     uri: str | None = None
-    fence: "Fence | None" = None
+    fence: "Guard | None" = None
 
     @property
     def store(self) -> Store:
@@ -166,6 +166,19 @@ class Place:
             )
         except FileNotFoundError as err:
             raise StorageError(f"{self}/{name} was removed while it was being fetched") from err
+
+
+class Guard(Protocol):
+    """Who is asked before each write: the fence of a run's holder, or of a trial's within it."""
+
+    @property
+    def number(self) -> int | None:
+        """Of the run's holder, if the run is held."""
+        ...
+
+    def check(self) -> None:
+        """Raises InterruptedRun where another writes there now."""
+        ...
 
 
 @dataclass(frozen=True)

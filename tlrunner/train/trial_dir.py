@@ -10,6 +10,7 @@ import json
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +33,7 @@ from tlrunner.train.checkpoint import (
     COMMIT,
     NAME_PATTERN,
     TRAINING_STATE,
+    later,
     others,
     resumable,
     without_training_state,
@@ -121,8 +123,10 @@ class TrialDir:
         after_epoch: int = 0,
         after_step: int = 0,
     ) -> None:
-        """Start, or start once more behind an epoch: what was told of later ones is forgotten."""
+        """Start, or once more behind an epoch and a step: all that came later is forgotten."""
         self.place.checked_fence()
+        for checkpoint in later(self.checkpoints, after_step):
+            self.place.remove(checkpoint, first=COMMIT)
         write_json(self.path / "config.json", config.model_dump(mode="json"))
         lines = whole_lines(self.path / "metrics.jsonl")
         kept = [line for line in lines if self._parsed(line).epoch <= after_epoch]
@@ -169,7 +173,8 @@ class TrialDir:
 
     def to_go_on_from(self) -> Place | None:
         """The newest checkpoint that the trial can go on from."""
-        checkpoint = resumable(self.checkpoints)
+        epochs = self._epochs()
+        checkpoint = resumable(self.checkpoints, epochs[-1].epoch if epochs else 0)
         return self.place.below(CHECKPOINTS).below(checkpoint.name) if checkpoint else None
 
     def append(self, report: EpochReport) -> None:
@@ -230,7 +235,13 @@ class TrialDir:
         return tuple(text.decode(errors="replace").splitlines())
 
     def _epochs(self) -> tuple[EpochReport, ...]:
-        return tuple(map(self._parsed, whole_lines(self.path / "metrics.jsonl")))
+        path = self.path / "metrics.jsonl"
+        epochs = tuple(map(self._parsed, whole_lines(path)))
+        for before, report in pairwise(epochs):
+            if report.epoch != before.epoch + 1:
+                found = f"epoch {report.epoch} behind epoch {before.epoch}"
+                raise not_as_written(path, found, "each epoch once, in order")
+        return epochs
 
     def _parsed(self, line: bytes) -> EpochReport:
         return parse_stored(EpochReport, line, self.path / "metrics.jsonl")

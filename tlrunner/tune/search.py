@@ -31,7 +31,7 @@ from tlrunner.tune.schedule import build_scheduler, num_last
 from tlrunner.tune.space import Point, iter_points, num_trials_of, planned_trials, trial_at
 from tlrunner.tune.spend import Over, Spending
 from tlrunner.tune.tracking import trackers
-from tlrunner.tune.trainable import build_trainable
+from tlrunner.tune.trainable import Trials, build_trainable
 
 MOST_PENDING = 16  # trials that wait for room, for an autoscaler to see
 MOST_ROUNDS = 3  # of what Ray lost: a trial whose actor does not come back ends there untold
@@ -138,7 +138,9 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
     with Progress(job, search.trials, search.num_trials, console, search.is_halted) as progress:
         tuner = tune.Tuner(
             tune.with_resources(
-                build_trainable(job, search.trials, search.images, kept, _beside(job), bell),
+                build_trainable(
+                    Trials(job, search.trials, search.images, kept, _beside(job)), bell
+                ),
                 _resources(job),
             ),
             **_proposed(search, points, spending, progress),

@@ -11,7 +11,7 @@ importing torch, one actor did all the short trials.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
@@ -41,79 +41,55 @@ def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
     return trial_at(job, trial["index"], trial["point"], tuple(copied[:2]) if copied else None)
 
 
-def build_trainable(
-    job: JobConfig, trials: Place, images: Images, num_last: int, beside: Beside, bell: Any
-) -> Callable[[dict[str, Any]], None]:
+@dataclass(frozen=True)
+class Trials:
+    """What the trials of a search have in common.
+
+    Args:
+        place: the directory that has theirs.
+        num_last: newest checkpoints to keep, from which trials go on after a pause.
+        beside: all of them, and what a process keeps from one to the next.
+    """
+
+    job: JobConfig
+    place: Place
+    images: Images
+    num_last: int
+    beside: Beside
+
+
+def build_trainable(trials: Trials, bell: Any) -> Callable[[dict[str, Any]], None]:
     """The function Ray Tune calls with the values of one trial, and again after each pause.
 
     It is called again, too, where it ended with an error or its process died. A process keeps it
-    from one trial to the next, and so what `beside` keeps warm.
+    from one trial to the next, and so what is kept warm.
 
-    Args:
-        num_last: newest checkpoints to keep, from which trials go on after a pause.
-        beside: the trials of the search.
-        bell: rings when trials are to halt.
+    `bell`: rings when trials are to halt.
     """
 
     def trainable(values: dict[str, Any]) -> None:
-        run_planned(job, trials, images, num_last, beside, bell, values)
+        run_planned(trials, values, Hearing(bell))
 
     return trainable
 
 
-def run_planned(
-    job: JobConfig,
-    trials: Place,
-    images: Images,
-    num_last: int,
-    beside: Beside,
-    bell: Any,
-    values: dict[str, Any],
-) -> None:
+def run_planned(trials: Trials, values: dict[str, Any], is_halted: Callable[[], bool]) -> None:
     """Run a trial, or tell again what it did, or go on behind its pause."""
-    is_halted = Hearing(bell)
     if is_halted():
         return  # one of those that had no room before
     with importing():
-        from tlrunner.train.resume import epoch_of
-        from tlrunner.train.trial import run_trial
+        from tlrunner.train.attempts import take
         from tlrunner.train.trial_dir import TrialDir
-        from tlrunner.tune.workers import run_in_workers
 
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_SECONDS)
-    planned = planned_trial(job, values)
-    directory = TrialDir(trials.below(planned.trial_id))
-
-    def go_on() -> None:
-        directory.place.fetch()
-        record = directory.read() if directory.has_begun else None
-        if _has_stalled_again(directory, job.search.max_failures):
-            return
-        resume_from, notes = _beginning(trials, directory, record, values)
-        if record and (record.is_settled or not num_last):
-            # A continued run: what was done is told again, not computed again.
-            num_done = len(record.epochs) if record.is_settled else epoch_of(resume_from)
-            for finished in record.epochs[:num_done]:
-                report(finished)
-            if record.is_settled:
-                return
-        run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
-        run(
-            planned.config,
-            report,
-            trial_dir=directory.place,
-            images=images,
-            resume_from=resume_from,
-            num_last=num_last,
-            notes=notes,
-            beside=beside,
-            is_halted=is_halted,
-        )
-
+    planned, max_failures = planned_trial(trials.job, values), trials.job.search.max_failures
+    directory = TrialDir(trials.place.below(planned.trial_id))
     try:
-        go_on()
+        if not _is_over(directory, max_failures):
+            directory = TrialDir(take(directory.place))
+            _go_on(trials, planned, values, directory, is_halted)
     except Exception as err:  # the border: whatever it is, the trial's directory says so
-        if _is_final(directory, err, job.search.max_failures):
+        if _is_final(directory, err, max_failures):
             directory.fail(err)
             return
         _leave_traceback(directory, err, is_halted)
@@ -121,6 +97,52 @@ def run_planned(
         if told is not err:
             raise told from None
         raise  # for Ray to start the trial again
+
+
+def _is_over(directory: "TrialDir", max_failures: int) -> bool:
+    """Whether nothing is to be computed any more: what was done is told again."""
+    directory.place.fetch()
+    if _has_stalled_again(directory, max_failures):
+        return True
+    record = directory.read() if directory.has_begun else None
+    if record is None or not record.is_settled:
+        return False
+    for finished in record.epochs:
+        report(finished)
+    return True
+
+
+def _go_on(
+    trials: Trials,
+    planned: PlannedTrial,
+    values: dict[str, Any],
+    directory: "TrialDir",
+    is_halted: Callable[[], bool],
+) -> None:
+    """Run a trial that is this process's to write, from where it stands."""
+    with importing():
+        from tlrunner.train.resume import epoch_of
+        from tlrunner.train.trial import run_trial
+        from tlrunner.tune.workers import run_in_workers
+
+    directory.place.fetch()  # once more: the one before may have written until it was taken
+    record = directory.read() if directory.has_begun else None
+    resume_from, notes = _beginning(trials.place, directory, record, values)
+    if record and not trials.num_last:
+        for finished in record.epochs[: epoch_of(resume_from)]:
+            report(finished)
+    run = run_in_workers if planned.config.resources.workers_per_trial > 1 else run_trial
+    run(
+        planned.config,
+        report,
+        trial_dir=directory.place,
+        images=trials.images,
+        resume_from=resume_from,
+        num_last=trials.num_last,
+        notes=notes,
+        beside=trials.beside,
+        is_halted=is_halted,
+    )
 
 
 def _has_stalled_again(directory: "TrialDir", max_failures: int) -> bool:
