@@ -258,7 +258,8 @@ def job(objects: list[Object]) -> Problems:
         if labels.get("tlrunner.io/submitter") != "true":
             yield f"{name}: its submitter cannot reach the dashboard"
         cache = re.search(r"data\.cache_bytes=(\d+)", spec["entrypoint"])
-        for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
+        cluster = spec["rayClusterSpec"]
+        for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
             volumes = {v["name"]: v for v in group["template"]["spec"]["volumes"]}
             room = quantity(volumes["home"]["emptyDir"]["sizeLimit"])
             if cache is None or int(cache[1]) > 0.9 * room:
