@@ -2,12 +2,29 @@
 
 import importlib.metadata
 import re
+from pathlib import Path
 from typing import Any
 
 import consistency
 import pytest
 import yaml
-from manifests import CLUSTER_OF, JOBS, K8S, OVERLAYS, SCENARIOS, Object, build, of_kind
+from manifests import (
+    CLUSTER_OF,
+    JOBS,
+    K8S,
+    OVERLAYS,
+    SCENARIOS,
+    Object,
+    all_pods,
+    build,
+    containers,
+    of_kind,
+)
+from ray._private import ray_constants
+from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
+from ray.autoscaler._private.kuberay import node_provider
+from ray.dashboard.consts import DASHBOARD_METRIC_PORT
+from ray.dashboard.modules.job import job_supervisor
 from test_manifests import HEAD, change
 
 CLUSTERS = tuple(SCENARIOS)
@@ -66,6 +83,34 @@ def test_spot_pods_are_the_gpu_pods_on_other_nodes() -> None:
         e["metadata"]["name"]: e["value"] for e in of_kind(build("everything"), "PriorityClass")
     }
     assert worth["tlrunner-spot"] < worth["tlrunner-worker"] < worth["tlrunner-head"]
+
+
+def test_an_overlays_images_are_those_of_its_registry() -> None:
+    for scenario in ("prod-eks", "jobs"):
+        for made in all_pods(build(scenario)):
+            for container in containers(made.spec):
+                assert container["image"].startswith("111122223333.dkr.ecr."), made.name
+
+
+def test_ray_reads_and_listens_where_the_manifests_say() -> None:
+    (cluster,) = of_kind(build("base"), "RayCluster")
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    ports = {port["name"]: port["containerPort"] for port in head["containers"][0]["ports"]}
+    assert ports["gcs-server"] == ray_constants.DEFAULT_PORT
+    assert ports["dashboard"] == ray_constants.DEFAULT_DASHBOARD_PORT
+    assert ports["as-metrics"] == AUTOSCALER_METRIC_PORT
+    assert ports["dash-metrics"] == DASHBOARD_METRIC_PORT
+    (mount,) = [
+        each
+        for each in cluster["spec"]["autoscalerOptions"]["volumeMounts"]
+        if each["name"] == "api-token"
+    ]
+    (volume,) = [each for each in head["volumes"] if each["name"] == "api-token"]
+    token, authority = volume["projected"]["sources"]
+    read = {f"{mount['mountPath']}/{token['serviceAccountToken']['path']}"}
+    read |= {f"{mount['mountPath']}/{each['path']}" for each in authority["configMap"]["items"]}
+    assert read == {node_provider.IN_CLUSTER_TOKEN_PATH, node_provider.IN_CLUSTER_CA_CERT_PATH}
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in Path(job_supervisor.__file__).read_text()
 
 
 def test_no_file_in_the_directory_holds_a_secret() -> None:
