@@ -231,9 +231,12 @@ def grace(objects: list[Object]) -> Problems:
         seconds = made.spec.get("terminationGracePeriodSeconds", 30)
         ray = made.spec["containers"][0]
         env = {each["name"]: each.get("value") for each in ray.get("env", [])}
-        wait = int(env.get("RAY_JOB_STOP_WAIT_TIME_S") or 3)
-        if not GRACE_SECONDS < wait < seconds or seconds < 60:
-            yield f"{made.name}: {GRACE_SECONDS} s to halt, {wait} to stop a job, {seconds} to end"
+        stop = int(env.get("RAY_JOB_STOP_WAIT_TIME_S") or 3)
+        drain = int(env.get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S") or 30)
+        if stop <= GRACE_SECONDS:
+            yield f"{made.name}: {GRACE_SECONDS} s to halt, but {stop} to stop a job"
+        if seconds < max(60, drain + 20):
+            yield f"{made.name}: {seconds} s to end, of which {drain} to drain"
         if "preStop" in ray.get("lifecycle", {}):
             yield f"{made.name}: a preStop hook ends Ray before its jobs know"
 

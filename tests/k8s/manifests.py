@@ -6,7 +6,6 @@ pods that KubeRay 1.7 makes of a RayCluster or RayJob, with the containers that 
 
 import copy
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +54,19 @@ OTHERS = {  # kinds of others' CRDs, whose schemas are not here: not checked, an
 }
 
 
+def _kustomize(directory: str | Path) -> str:
+    # The restriction is on files above a kustomization, which `_built` names.
+    command = ["kubectl", "kustomize", "--load-restrictor=LoadRestrictionsNone", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kustomized(directory: str | Path) -> list[Object]:
+    """The objects of a directory with a kustomization."""
+    return [found for found in yaml.safe_load_all(_kustomize(directory)) if found]
+
+
 @cache
 def _built(parts: tuple[str, ...]) -> str:
     with tempfile.TemporaryDirectory() as made:
@@ -63,10 +75,7 @@ def _built(parts: tuple[str, ...]) -> str:
         resources = [path for path in at.values() if path not in components]
         file = Path(made) / "kustomization.yaml"
         file.write_text(yaml.safe_dump({"resources": resources, "components": components}))
-        command = ["kubectl", "kustomize", "--load-restrictor=LoadRestrictionsNone", made]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return _kustomize(made)
 
 
 def build(scenario: str) -> list[Object]:
@@ -83,10 +92,6 @@ def cluster_spec(found: Object) -> Object:
     """The spec of a RayCluster, or of the cluster that a RayJob makes."""
     spec: Object = found["spec"]
     return spec if found["kind"] == "RayCluster" else spec.get("rayClusterSpec", {})
-
-
-def tool(name: str) -> str | None:
-    return shutil.which(name)
 
 
 class Made(NamedTuple):

@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    python = Path(validate).parent / "python"
+    python = Path(validate).resolve().parent / "python"
     with subprocess.Popen([python, SHARED / "fakeapi.py", str(port)]) as process:
         for _ in range(200):
             with socket.socket() as tried:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from manifests import (
     all_pods,
     build,
     containers,
+    kustomized,
     of_kind,
 )
 from ray._private import ray_constants
@@ -72,6 +74,16 @@ def test_a_job_has_the_cluster_of_its_overlay(overlay: str) -> None:
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
 
 
+def test_a_queued_job_waits_with_a_cluster_of_fixed_size() -> None:
+    (job,) = build("job-in-queue")
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tlrunner"}
+    assert job["spec"]["suspend"] is True
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is False
+    for group in cluster["workerGroupSpecs"]:
+        assert group["replicas"] == group["minReplicas"] == group["maxReplicas"]
+
+
 def test_spot_pods_are_the_gpu_pods_on_other_nodes() -> None:
     (cluster,) = of_kind(build("keys-and-spot"), "RayCluster")
     groups = {each["groupName"]: each["template"] for each in cluster["spec"]["workerGroupSpecs"]}
@@ -83,6 +95,24 @@ def test_spot_pods_are_the_gpu_pods_on_other_nodes() -> None:
         e["metadata"]["name"]: e["value"] for e in of_kind(build("everything"), "PriorityClass")
     }
     assert worth["tlrunner-spot"] < worth["tlrunner-worker"] < worth["tlrunner-head"]
+
+
+def test_the_parts_that_prod_eks_offers_in_comments_fit(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / "prod-eks" / "kustomization.yaml"
+    text = file.read_text()
+    assert text.count("  # - ../../components/") == 5
+    file.write_text(text.replace("  # - ../../components/", "  - ../../components/"))
+
+    objects = kustomized(file.parent)
+    (cluster,) = of_kind(objects, "RayCluster")
+    nodes = [
+        each["template"]["spec"].get("nodeSelector", {}).get("karpenter.sh/capacity-type")
+        for each in cluster["spec"]["workerGroupSpecs"]
+    ]
+    assert nodes == [None, "on-demand", "spot"]
+    assert everything_said(objects, build("jobs")) == []
+    assert [e["kind"] for e in kustomized(tmp_path / "k8s" / "jobs")] == ["RayJob"]
 
 
 def test_an_overlays_images_are_those_of_its_registry() -> None:
@@ -110,7 +140,9 @@ def test_ray_reads_and_listens_where_the_manifests_say() -> None:
     read = {f"{mount['mountPath']}/{token['serviceAccountToken']['path']}"}
     read |= {f"{mount['mountPath']}/{each['path']}" for each in authority["configMap"]["items"]}
     assert read == {node_provider.IN_CLUSTER_TOKEN_PATH, node_provider.IN_CLUSTER_CA_CERT_PATH}
-    assert "RAY_JOB_STOP_WAIT_TIME_S" in Path(job_supervisor.__file__).read_text()
+    heeded = Path(job_supervisor.__file__).read_text() + Path(ray_constants.__file__).read_text()
+    for each in head["containers"][0]["env"]:
+        assert each["name"] == "RAY_USAGE_STATS_ENABLED" or f'"{each["name"]}"' in heeded
 
 
 def test_no_file_in_the_directory_holds_a_secret() -> None:
