@@ -7,6 +7,7 @@ containers together, and a volume in memory counts as its container's memory.
 
 import re
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 from manifests import Object, all_pods, cluster_spec, containers, of_kind, operator_pods
@@ -286,3 +287,14 @@ RULES: tuple[Callable[[list[Object]], Problems], ...] = (
 def problems(objects: list[Object]) -> list[str]:
     """Every line of the rules that look at the objects alone."""
     return [line for rule in RULES for line in rule(objects)]
+
+
+def everything(objects: list[Object], job: list[Object]) -> list[str]:
+    """Whatever is wrong with a cluster beside which a job may run."""
+    return [
+        *problems(objects),
+        *versions(objects, version("ray"), version("tlrunner")),
+        *quota(objects, job),
+        *enforced(objects),
+        *referred(objects, []),
+    ]

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping
 
-import test_consistency
 import test_manifests
+import test_mistakes
 import test_operator_rules
 from manifests import K8S, OVERLAYS, build, of_kind
 
@@ -13,8 +13,8 @@ PLANTED: tuple[Mapping[str, object], ...] = (
     test_manifests.AGAINST_THE_SCHEMA,
     test_operator_rules.CLUSTER_MISTAKES,
     test_operator_rules.JOB_MISTAKES,
-    test_consistency.MISTAKES,
-    test_consistency.JOB_MISTAKES,
+    test_mistakes.MISTAKES,
+    test_mistakes.JOB_MISTAKES,
 )
 
 
