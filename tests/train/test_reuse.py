@@ -18,10 +18,12 @@ from tlrunner.data.activations import ActivationFile
 from tlrunner.data.dataset import open_dataset
 from tlrunner.data.prepare import prepare
 from tlrunner.errors import StorageError
+from tlrunner.train.attempts import read_attempts
 from tlrunner.train.beside import Beside, Uses
 from tlrunner.train.demand import CutPlan, Price, demands, plan_chain, sharing_key, within
 from tlrunner.train.entries import layout_of
 from tlrunner.train.feed import which
+from tlrunner.train.place import Place
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
@@ -289,6 +291,62 @@ def test_one_that_diverges_leaves_the_others_their_results(
     run(trials[0], beside=beside, trial_dir=tmp_path / "wild")
     assert TrialDir(tmp_path / "wild").read().state == "diverged"
     assert close(run(trials[1], beside=beside), run(trials[1]), 1e-4)
+
+
+SWEPT: dict[str, Values] = {
+    "adamw": {},
+    "ema": {"train.ema_decay": 0.7, "head": {"kind": "mlp"}},
+    "sgd": {"optim.optimizer": "sgd", "optim.momentum": 0.9, "optim.lr": 0.01},
+    "plain sgd": {"optim.optimizer": "sgd", "optim.momentum": 0.0, "optim.lr": 0.01},
+}
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("case", SWEPT)
+def test_one_that_is_halted_among_others_goes_on_alone(
+    run: Callable[..., list[EpochReport]],
+    config: TrialConfig,
+    tmp_path: Path,
+    case: str,
+    epoch: int,
+) -> None:
+    config = with_values(config, {**SWEPT[case], "train.epochs": 5})
+    trials = [config, with_values(config, {"optim.weight_decay": 0.3})]
+    trial = TrialDir(tmp_path / "trial")
+
+    def is_halted() -> bool:
+        return trial.has_begun and len(trial.read().epochs) == epoch
+
+    beside = Beside(trials, demands(trials))
+    begun = run(config, beside=beside, trial_dir=trial.path, is_halted=is_halted)
+    events = [(attempt.event, attempt.step) for attempt in read_attempts(trial.place)]
+    assert events == [("started", 0), ("halted", 3 * epoch)]
+    checkpoint = trial.to_go_on_from()
+    assert checkpoint
+    rest = run(config, trial_dir=trial.path, resume_from=checkpoint)
+    assert [report.epoch for report in rest] == list(range(epoch + 1, 6))
+    assert close([*begun, *rest], run(config), 1e-4)
+
+
+def test_the_first_of_those_trained_together_goes_on_from_its_best_epoch_at_least(
+    run: Callable[..., list[EpochReport]], config: TrialConfig, tmp_path: Path
+) -> None:
+    trials = [config, with_values(config, {"optim.weight_decay": 0.3})]
+    trial = TrialDir(tmp_path / "trial")
+
+    class KilledError(Exception):
+        """What a SIGKILL is to a trial."""
+
+    def is_halted() -> bool:
+        if trial.has_begun and len(trial.read().epochs) == 2:
+            raise KilledError
+        return False
+
+    with pytest.raises(KilledError):
+        run(config, beside=Beside(trials), trial_dir=trial.path, is_halted=is_halted)
+    best = trial.read().best
+    assert best
+    assert trial.to_go_on_from() == Place(trial.best_checkpoint(best))
 
 
 # -- Deciding --------------------------------------------------------------------------------------

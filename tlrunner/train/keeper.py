@@ -7,6 +7,7 @@ Nothing goes before what takes its place is committed and spoken of.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 from tlrunner.train.attempts import note_attempt
 from tlrunner.train.between import Due, HaltedError
@@ -27,7 +28,8 @@ class Keeper:
         record: the trial's directory; None if nothing is kept.
         origin: hashes of what the trial has from elsewhere, its images and pretrained weights.
         num_last: newest checkpoints that somebody needs even behind the trial's end.
-        goes_on: whether the trial is long enough to be gone on with where it was broken off.
+        goes_on: whether each epoch is kept to go on from, and what is due within it; else the best
+            ones and those that end late enough.
         elapsed: seconds of the trial so far.
         is_halted: whether the trial was asked to halt.
 
@@ -61,8 +63,22 @@ class Keeper:
     def due(self) -> Due:
         if self.is_halted():
             return Due.HALT
-        is_late = time.monotonic() - self.kept_at >= self.feed.config.train.checkpoint_seconds
-        return Due.CHECKPOINT if self.record and self.goes_on and is_late else Due.NOTHING
+        return Due.CHECKPOINT if self.record and self.goes_on and self._is_late else Due.NOTHING
+
+    @property
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.kept_at >= self.feed.config.train.checkpoint_seconds
+
+    def halt(self) -> NoReturn:
+        """Keep a checkpoint between two epochs, of a trial that keeps none in them.
+
+        Raises:
+            HaltedError: always.
+        """
+        if self.record and self.epoch and self.loop.has_moments:
+            self._write(self.record, 0, {"epoch": self.epoch}, True)
+            note_attempt(self.record.place, "halted", self.feed.num_steps * self.epoch)
+        raise HaltedError
 
     def __call__(self, due: Due, num_batches: int, totals: Sequence[float]) -> None:
         """Keep a checkpoint within an epoch."""
@@ -81,7 +97,9 @@ class Keeper:
         """Keep and tell an epoch, whose report then names its checkpoint."""
         is_best = self.best is None or finished.val_acc > self.best.val_acc
         is_last = finished.epoch == self.feed.config.train.epochs
-        goes_on = bool(self.num_last) or (self.goes_on and not is_last)
+        can_go_on = self.loop.has_moments and not is_last
+        is_due = self.goes_on or is_best or self._is_late
+        goes_on = bool(self.num_last) or (can_go_on and is_due)
         if self.record and (is_best or goes_on):
             figures = {"val_acc": finished.val_acc, "val_loss": finished.val_loss}
             state: dict[str, object] = {"epoch": finished.epoch, **figures}
@@ -94,7 +112,7 @@ class Keeper:
             if is_last and not self.num_last:
                 self.record.keep_weights()
             else:
-                num_last = max(LAST, self.num_last) if goes_on else 0
+                num_last = max(LAST, self.num_last) if can_go_on else self.num_last
                 self.record.keep_only(self.record.best_checkpoint(self.best), num_last)
         return finished
 

@@ -32,6 +32,7 @@ from tlrunner.train.optim import (
     schedule_factor,
     set_learning_rate,
 )
+from tlrunner.train.sweep import HeadState
 from tlrunner.train.watchdog import Watchdog
 
 LOOK_STEPS = 16  # at most between two looks at the losses, each of which waits for the device
@@ -71,6 +72,7 @@ class Loop:
         self.model = classifier if self.is_shared else accelerator.prepare_model(classifier)
         self.optimizer: AcceleratedOptimizer | None = None
         self.ema: Ema | None = None
+        self.has_moments = True  # those of the weights that it has, to go on from
         self.look_steps = 1  # until it is known what a step takes
         self.watchdog = Watchdog(train.stall_seconds)
 
@@ -236,13 +238,24 @@ class Loop:
         values = tuple(value.to(device, non_blocking=True) for value in batch.values)
         return cast(Tensor, model(values=values))
 
-    def adopt(self, head: Mapping[str, Tensor]) -> None:
-        """Take a head that was trained elsewhere, averaged if the config averages."""
-        self.classifier.head.load_state_dict(head)
+    def adopt(self, head: Mapping[str, Tensor], whole: HeadState | None) -> None:
+        """Take a head that was trained elsewhere, averaged if the config averages.
+
+        `whole`: what to go on from; without it the loop has what is evaluated alone.
+        """
+        self.has_moments = whole is not None
+        self.classifier.head.load_state_dict(whole.weights if whole else head)
         if self.ema:
             self.ema.follow(self.classifier.trainable_state())
             for name, tensor in head.items():
                 self.ema.average[f"head.{name}"].copy_(tensor)
+        if whole:
+            assert self.optimizer is not None, "no phase entered"
+            parameters = self.classifier.trainable_parameters()
+            for name, moments in whole.moments.items():
+                self.optimizer.state[parameters[f"head.{name}"]] = moments
+            if self.ema:
+                self.ema.num_steps = whole.num_steps
 
     def prepared(self, images_BHWC: Tensor) -> Tensor:
         """The model's input: normalised images, in the config's memory layout."""

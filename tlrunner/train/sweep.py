@@ -7,6 +7,7 @@ HFTA (Wang et al., 2021; https://arxiv.org/abs/2102.02344).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,22 @@ from tlrunner.train.optim import schedule_factor
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # as torch has them
 CLIP_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class HeadState:
+    """A head and its optimizer, as they would be if it were trained alone.
+
+    Attributes:
+        average: of the weights, if its config averages.
+        moments: name of a weight -> names and values of torch's optimizer.
+        num_steps: that are behind.
+    """
+
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    moments: dict[str, dict[str, Tensor]]
+    num_steps: int
 
 
 class HeadSweep:
@@ -95,6 +112,26 @@ class HeadSweep:
         """A copy of one head's state dict, averaged if its config averages."""
         weights = self.average or self.weights
         return {name: tensor[place].detach().clone() for name, tensor in weights.items()}
+
+    def whole(self, place: int) -> HeadState:
+        """A copy of all that one head goes on from."""
+        names = {"sgd": ("momentum_buffer",)}.get(
+            self.optims[0].optimizer, ("exp_avg", "exp_avg_sq")
+        )
+        has_moments = self.optims[0].optimizer != "sgd" or self.optims[place].momentum
+        moments: dict[str, dict[str, Tensor]] = {}
+        for weight in self.weights if has_moments else ():
+            kept = zip(names, self.moments, strict=False)
+            moments[weight] = {name: of[weight][place].clone() for name, of in kept}
+            if len(names) > 1:
+                moments[weight]["step"] = torch.tensor(float(self.num_steps))
+        is_averaged = self.trains[place].ema_decay is not None
+        return HeadState(
+            {name: tensor[place].detach().clone() for name, tensor in self.weights.items()},
+            self.state(place) if is_averaged else None,
+            moments,
+            self.num_steps,
+        )
 
     # -- Forward ---------------------------------------------------------------------------------
 

@@ -108,8 +108,11 @@ class Member:
     swept: Swept
     place: int
 
-    def epoch(self, epoch: int, reuse: Reuse) -> tuple[Metrics, Metrics, dict[str, Tensor], float]:
-        """Training and validation of an epoch, the head after it, and the seconds of training.
+    def epoch(self, epoch: int, reuse: Reuse) -> tuple[Metrics, Metrics, float]:
+        """Training and validation of an epoch, and the seconds of training.
+
+        The trial's own loop then has the head; and the optimizer, too, if no later epoch was
+        trained yet.
 
         Raises:
             DivergedError: a loss was not finite.
@@ -119,7 +122,10 @@ class Member:
         found, place = self.swept.epochs[epoch], self.place
         if step := found.diverged_at[place]:
             raise DivergedError(epoch * reuse.feed.num_steps + step)
-        return found.trained[place], found.validated[place], found.heads[place], found.seconds
+        is_newest = epoch + 1 == len(self.swept.epochs)
+        whole = self.swept.heads.whole(place) if is_newest else None
+        reuse.loop.adopt(found.heads[place], whole)
+        return found.trained[place], found.validated[place], found.seconds
 
 
 def sweep_of(config: TrialConfig, loop: Loop, reuse: Reuse, beside: Beside) -> Member | None:

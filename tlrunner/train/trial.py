@@ -211,7 +211,7 @@ def _run(
             _enter_phase(loop, reuse, levels(config.freeze, num_stages, epoch))
         try:
             if sweep and is_halted():
-                raise HaltedError
+                keeper.halt()
             finished = _run_epoch(loop, reuse, sweep or keeper, epoch, begun)
         except HaltedError:
             return TrialResult("interrupted", keeper.best)
@@ -284,8 +284,7 @@ def _run_epoch(
     started = time.monotonic()
     num_steps = reuse.feed.num_steps
     if isinstance(how, Member):
-        trained, validated, head, train_seconds = how.epoch(epoch, reuse)
-        loop.adopt(head)
+        trained, validated, train_seconds = how.epoch(epoch, reuse)
     else:
         batches = reuse.train(epoch, first_batch=begun.num_batches)
         trained = loop.train_epoch(batches, epoch, num_steps, begun, how)
