@@ -1,7 +1,6 @@
 """Values of frozen stages, read instead of computed again, change no result."""
 
 import itertools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from curves import close, losses
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
 from tlrunner.data.activations import ActivationFile
-from tlrunner.data.dataset import open_dataset
-from tlrunner.data.prepare import prepare
 from tlrunner.errors import StorageError
-from tlrunner.train.attempts import read_attempts
 from tlrunner.train.beside import Beside, Uses
-from tlrunner.train.demand import CutPlan, Price, demands, plan_chain, sharing_key, within
+from tlrunner.train.demand import CutPlan, Price, demands, plan_chain, within
 from tlrunner.train.entries import layout_of
-from tlrunner.train.feed import which
-from tlrunner.train.place import Place
-from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -35,59 +29,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 TRAIN, VAL = 54, 18
 Values = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def folder(colour_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twice as many images, of which batches of at least 16 can be made."""
-    root = tmp_path_factory.mktemp("twice") / "images"
-    for name in ("one", "two"):
-        for file in sorted(colour_folder.rglob("*.jpg")):
-            (root / file.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, root / file.parent.name / f"{name}-{file.name}")
-    return root
-
-
-@pytest.fixture
-def config(tiny_trial: TrialConfig, folder: Path, tmp_path: Path) -> TrialConfig:
-    """A head-only trial of three epochs on pretrained weights, and an empty cache.
-
-    Convolutions of less than 16 images round in another way than those of a chunk, and what trains
-    from random weights multiplies such differences: neither would do.
-    """
-    return with_values(
-        tiny_trial,
-        {
-            "data.uri": str(folder),
-            "data.cache_dir": str(tmp_path / "cache"),
-            "backbone": {"name": "efficientnet_lite0"},
-            "freeze": {"strategy": "head"},
-            "train.epochs": 3,
-            "train.batch_size": 18,
-            "data.image_size": 64,
-            "reuse.mode": "on",
-        },
-    )
-
-
-@pytest.fixture
-def run(folder: Path, tiny_trial: TrialConfig) -> Callable[..., list[EpochReport]]:
-    images = which(open_dataset(prepare(str(folder), tiny_trial.data.cache_dir)))
-
-    def running(config: TrialConfig, **others: Any) -> list[EpochReport]:
-        reports: list[EpochReport] = []
-        run_trial(config, reports.append, images=images, **others)
-        return reports
-
-    return running
-
-
-def losses(reports: list[EpochReport]) -> list[tuple[float, float, float]]:
-    return [(r.train_loss, r.val_loss, r.val_acc) for r in reports]
-
-
-def close(ours: list[EpochReport], theirs: list[EpochReport], tolerance: float) -> bool:
-    return bool(np.allclose(losses(ours), losses(theirs), rtol=0, atol=tolerance))
 
 
 @pytest.mark.parametrize("num_views", [1, 3, None])
@@ -244,109 +185,6 @@ def test_a_trial_leaves_nothing_to_the_next_but_what_was_loaded(
     beside = Beside([full, config])
     run(full, beside=beside)
     assert losses(run(config, beside=beside)) == losses(run(config))
-
-
-# -- Heads trained together ------------------------------------------------------------------------
-
-
-def test_trials_that_are_trained_together_end_as_they_do_alone(
-    run: Callable[..., list[EpochReport]], config: TrialConfig, tmp_path: Path
-) -> None:
-    changes: list[Values] = [
-        {"optim.lr": 0.1},
-        {"optim.lr": 0.01, "optim.weight_decay": 0.3, "optim.warmup_epochs": 1},
-        {"train.label_smoothing": 0.2, "optim.max_grad_norm": 0.5, "optim.schedule": "constant"},
-        {"train.ema_decay": 0.7, "train.gradient_accumulation_steps": 2},
-    ]
-    trials = [with_values(config, change) for change in changes]
-    beside = Beside(trials, demands(trials))
-    for number, trial in enumerate(trials):
-        together, alone = tmp_path / f"together{number}", tmp_path / f"alone{number}"
-        ours = run(trial, beside=beside, trial_dir=together)
-        theirs = run(trial, trial_dir=alone)
-        assert close(ours, theirs, 1e-4)
-        best = [TrialDir(d).read().best for d in (together, alone)]
-        assert best[0] and best[1]
-        assert best[0].checkpoint == best[1].checkpoint
-
-
-def test_seeds_of_fixed_views_are_trained_together(
-    run: Callable[..., list[EpochReport]], config: TrialConfig
-) -> None:
-    config = with_values(config, {"augment.num_views": 2})
-    trials = [with_values(config, {"train.seed": seed}) for seed in (3, 4)]
-    assert sharing_key(trials[0]) == sharing_key(trials[1])
-    beside = Beside(trials, demands(trials))
-    for trial in trials:
-        assert close(run(trial, beside=beside), run(trial), 1e-4)
-
-
-def test_one_that_diverges_leaves_the_others_their_results(
-    run: Callable[..., list[EpochReport]], config: TrialConfig, tmp_path: Path
-) -> None:
-    wild = {"optim.optimizer": "sgd", "optim.lr": 100.0, "head": {"kind": "mlp"}}
-    wild |= {"optim.weight_decay": 10.0, "train.epochs": 12, "optim.schedule": "constant"}
-    trials = [with_values(config, {**wild, "optim.lr": lr}) for lr in (100.0, 1e-3)]
-    beside = Beside(trials, demands(trials))
-    run(trials[0], beside=beside, trial_dir=tmp_path / "wild")
-    assert TrialDir(tmp_path / "wild").read().state == "diverged"
-    assert close(run(trials[1], beside=beside), run(trials[1]), 1e-4)
-
-
-SWEPT: dict[str, Values] = {
-    "adamw": {},
-    "ema": {"train.ema_decay": 0.7, "head": {"kind": "mlp"}},
-    "sgd": {"optim.optimizer": "sgd", "optim.momentum": 0.9, "optim.lr": 0.01},
-    "plain sgd": {"optim.optimizer": "sgd", "optim.momentum": 0.0, "optim.lr": 0.01},
-}
-
-
-@pytest.mark.parametrize("epoch", [1, 3])
-@pytest.mark.parametrize("case", SWEPT)
-def test_one_that_is_halted_among_others_goes_on_alone(
-    run: Callable[..., list[EpochReport]],
-    config: TrialConfig,
-    tmp_path: Path,
-    case: str,
-    epoch: int,
-) -> None:
-    config = with_values(config, {**SWEPT[case], "train.epochs": 5})
-    trials = [config, with_values(config, {"optim.weight_decay": 0.3})]
-    trial = TrialDir(tmp_path / "trial")
-
-    def is_halted() -> bool:
-        return trial.has_begun and len(trial.read().epochs) == epoch
-
-    beside = Beside(trials, demands(trials))
-    begun = run(config, beside=beside, trial_dir=trial.path, is_halted=is_halted)
-    events = [(attempt.event, attempt.step) for attempt in read_attempts(trial.place)]
-    assert events == [("started", 0), ("halted", 3 * epoch)]
-    checkpoint = trial.to_go_on_from()
-    assert checkpoint
-    rest = run(config, trial_dir=trial.path, resume_from=checkpoint)
-    assert [report.epoch for report in rest] == list(range(epoch + 1, 6))
-    assert close([*begun, *rest], run(config), 1e-4)
-
-
-def test_the_first_of_those_trained_together_goes_on_from_its_best_epoch_at_least(
-    run: Callable[..., list[EpochReport]], config: TrialConfig, tmp_path: Path
-) -> None:
-    trials = [config, with_values(config, {"optim.weight_decay": 0.3})]
-    trial = TrialDir(tmp_path / "trial")
-
-    class KilledError(Exception):
-        """What a SIGKILL is to a trial."""
-
-    def is_halted() -> bool:
-        if trial.has_begun and len(trial.read().epochs) == 2:
-            raise KilledError
-        return False
-
-    with pytest.raises(KilledError):
-        run(config, beside=Beside(trials), trial_dir=trial.path, is_halted=is_halted)
-    best = trial.read().best
-    assert best
-    assert trial.to_go_on_from() == Place(trial.best_checkpoint(best))
 
 
 # -- Deciding --------------------------------------------------------------------------------------
