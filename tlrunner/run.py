@@ -88,9 +88,7 @@ def tune(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
             job = _granted(job, granted_resources, out)
             trials = check_search(job)  # once more, now that it is known whether there are GPUs
             job, images = _prepared(job, run, [t.config for t in trials], out)
-            # A population is trained together or not at all.
-            anew = job.search.scheduler == "pbt"
-            run, ended = held.enter_context(_begun(run, job, images, out, anew=anew))
+            run, ended = held.enter_context(_begun(run, job, images, out))
             if not run.uri:
                 check_shared(run.path, "run.json", "choose it with --out")
             try:
@@ -236,15 +234,13 @@ def _begun(
     job: TrainJob,
     images: Dataset,
     out: Console,
-    *,
-    anew: bool = False,
 ) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """The run's directory, ours from here on, with a log and the list of unusable images in it.
 
-    Yields the trials that ended before, too; none if they are to run `anew`.
+    Yields the trials that ended before, too.
     """
     sha256 = images.manifest.sha256
-    with begun_run(run, job, sha256, anew=anew) as (run, ended):
+    with begun_run(run, job, sha256) as (run, ended):
         _log_to(run)
         copy_bad_images(images, run)
         kept = f": {len(ended)} trials are done already" if ended else ""

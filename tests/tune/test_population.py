@@ -1,6 +1,11 @@
 """Population based training and HyperBand, which pause and copy trials: slow, they start Ray."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,12 @@ from safetensors.torch import load_file
 
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import JobConfig
+from tlrunner.train.attempts import read_attempts
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 
 pytestmark = pytest.mark.slow
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "tune_flowers.py"
 
 # Weights that differ from trial to trial, and stay as they are: a step of this size changes no bit.
 STILL = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1e-30}
@@ -50,15 +58,16 @@ def weights_of(trial: TrialDir) -> str:
 def test_the_worst_of_a_population_goes_on_from_the_weights_of_one_of_the_best(
     tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    # All at once where that is quick; else in turns, as workers take long to start together.
-    with nodes_of(4 if num_workers == 1 else 2) as address:
+    # All at once where that is quick; else two in turns, as workers take long to start together.
+    size, num_cpus = (4, 4) if num_workers == 1 else (2, 2)
+    with nodes_of(num_cpus) as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
         trials = run_of(
             tiny_tree,
             tmp_path,
             optim=STILL,
             train={"epochs": 6, "batch_size": 9},
-            search=POPULATION,
+            search={**POPULATION, "budget": {"num_trials": size}},
             resources={"workers_per_trial": num_workers, "gpus_per_worker": 0},
         )
     records: dict[str, TrialRecord] = {trial.path.name: trial.read() for trial in trials}
@@ -102,3 +111,41 @@ def test_hyperband_pauses_trials_and_goes_on_where_they_were(
         epochs = [report.epoch for report in record.epochs]
         assert epochs == list(range(1, len(epochs) + 1)), "each epoch once, in order"
         assert len(epochs) == 6 or record.state == "stopped"
+
+
+def test_a_population_that_is_broken_off_goes_on(tiny_tree: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    train = {"epochs": 8, "batch_size": 9}
+    file.write_text(json.dumps({**tiny_tree, "train": train, "search": POPULATION}))
+    flags = ["--config", str(file), "--out", str(tmp_path / "runs"), "--name", "one"]
+    command = [sys.executable, str(JOB), *flags]
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    begun = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    population = tmp_path / "runs" / "one" / "population.json"
+    deadline = time.monotonic() + 120
+    while not (population.exists() and '"copied": [' in population.read_text()):
+        assert time.monotonic() < deadline and begun.poll() is None
+        time.sleep(0.1)
+    begun.send_signal(signal.SIGTERM)
+    assert begun.wait(60) == 75
+    members = json.loads(population.read_text())
+
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    trials = [TrialDir(path) for path in sorted((tmp_path / "runs/one/trials").iterdir())]
+    records = {trial.path.name: trial.read() for trial in trials}
+    assert sum(record.state == "completed" for record in records.values()) == 4
+    assert {member["index"] for member in json.loads(population.read_text())} == {0, 1, 2, 3}
+    for member in members:
+        of_member = [r for r in records.values() if r.index == member["index"]]
+        told = {report.epoch for record in of_member for report in record.epochs}
+        assert told == set(range(1, 9)), "a member has all epochs, whichever trial it was"
+        if member["copied"]:
+            assert any(r.trial_id.endswith(f"-e{member['copied'][1]}") for r in of_member)
+    starts = [
+        attempt.step
+        for trial in trials
+        for attempt in read_attempts(trial.place)
+        if attempt.event == "started"
+    ]
+    assert sum(step > 0 for step in starts) > 1, "what was broken off went on"

@@ -202,7 +202,7 @@ def test_checkpoints_are_kept_for_those_that_will_ask_for_them(
 class Members:
     """A population as Ray holds it, whose trials pause and end as a test says."""
 
-    def __init__(self, job: JobConfig, config: TrialConfig, size: int) -> None:
+    def __init__(self, job: JobConfig, config: TrialConfig, size: int, met_at: int) -> None:
         self.trials = [
             FakeTrial(
                 trial_id=f"{number}",
@@ -219,7 +219,9 @@ class Members:
             )
             for number in range(size)
         ]
-        self.scheduler = build_scheduler(job, lambda t: config, lambda t: f"id-{t.trial_id}")
+        self.scheduler = build_scheduler(
+            job, lambda t: config, lambda t: f"id-{t.trial_id}", met_at
+        )
         self.scheduler.set_search_properties("val_acc", "max")
         self.controller = SimpleNamespace(
             search_alg=None,
@@ -252,12 +254,26 @@ class Members:
 
 @pytest.fixture
 def population(tiny_trial: TrialConfig) -> Callable[[int], Members]:
-    def make(size: int) -> Members:
+    def make(size: int, met_at: int = 0) -> Members:
         search = {"space": SPACE, "scheduler": "pbt", "perturbation_epochs": 2}
         job = validate(JobConfig, {"search": {**search, "budget": {"num_trials": size}}})
-        return Members(job, with_values(tiny_trial, {"train.epochs": 9}), size)
+        return Members(job, with_values(tiny_trial, {"train.epochs": 9}), size, met_at)
 
     return make
+
+
+def test_a_population_that_goes_on_meets_when_it_would_have(
+    population: Callable[[int, int], Members],
+) -> None:
+    members = population(3, 4)  # broken off in epoch 6, one of them behind epoch 5
+    became: list[dict[str, Any]] = []
+    members.trials[0].set_config = became.append
+    members.report(0, 5, 0.5)
+    assert members.trials[0].status == Trial.RUNNING
+    for number, val_acc in enumerate((0.5, 0.6, 0.7)):
+        assert members.next() is None or members.trials[number].status == Trial.RUNNING
+        members.report(number, 6, val_acc)
+    assert [values["trial"]["copied"] for values in became] == [["id-2", 6, "6-0"]]
 
 
 def test_those_that_wait_go_on_when_the_one_they_wait_for_ends(

@@ -178,14 +178,14 @@ def settled_before(run: RunDir, data: DataConfig) -> DataConfig:
 
 @contextmanager
 def begun_run(
-    run: RunDir, job: BaseModel, images_sha256: str, *, anew: bool = False
+    run: RunDir, job: BaseModel, images_sha256: str
 ) -> Iterator[tuple[RunDir, list[TrialRecord]]]:
     """Hold a run's directory, and say in it what the run is.
 
     run.json gets the resolved config, its hash, versions, the hash of the images' manifest, and the
     number of its holder.
     Trials that failed are cleared, to run again, and so are those that were broken off and have
-    nothing to go on from; all of them, if `anew`.
+    nothing to go on from.
 
     Yields:
         The run, and the trials that ended before and are kept.
@@ -212,7 +212,7 @@ def begun_run(
         run.check_held()
         write_json(run.path / "run.json", content)
         run.place.save(run.path / "run.json")
-        yield run, _clear_unsettled(run, anew)
+        yield run, _clear_unsettled(run)
 
 
 def _check_same(run: RunDir, images_sha256: str | None = None) -> None:
@@ -261,9 +261,9 @@ def _made_new(run: RunDir) -> RunDir:
     raise AssertionError("numbers do not end")
 
 
-def _clear_unsettled(run: RunDir, anew: bool) -> list[TrialRecord]:
+def _clear_unsettled(run: RunDir) -> list[TrialRecord]:
     """Gives the trials that ended."""
-    records = [] if anew else run.records()
+    records = run.records()
     ended = {r.trial_id: r for r in records if _is_kept(run, r)}
     broken_off = [r.trial_id for r in records if r.state == "interrupted"]
     resumable = {name for name in broken_off if run.trial(name).to_go_on_from()}

@@ -17,6 +17,7 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.train.attempts import read_attempts
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import State, TrialDir, TrialRecord
+from tlrunner.tune.members import Members, as_member
 from tlrunner.tune.schedule import num_last
 from tlrunner.tune.space import PlannedTrial
 from tlrunner.tune.trainable import planned_trial
@@ -62,8 +63,10 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         num_trials: int | None,
         console: Console,
         is_halted: Callable[[], bool],
+        members: Members | None = None,
     ) -> None:
-        self.job = job
+        """`members`: of the search's population, if it has one."""
+        self.job, self.members = job, members
         self.is_halted = is_halted
         self.trials = trials
         self.num_trials = num_trials
@@ -117,6 +120,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
             planned = planned_trial(self.job, trial.config)
             assert planned.copied, "only a copy changes what a trial is"
             donor, epoch = planned.copied
+            if self.members:
+                self.members.become(as_member(trial.config))
             self._directory(row).end(
                 "stopped", f"gave way to a copy of {donor} after epoch {epoch}"
             )

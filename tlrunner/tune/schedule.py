@@ -92,9 +92,11 @@ class Population(_Fair, PopulationBasedTraining):  # type: ignore[misc]
     Trials meet after each interval; then the worst quarter goes on from the weights of one of the
     best, with its values perturbed. Ray would copy a Tune checkpoint, of which these trials have
     none: where the checkpoint of theirs is, the copying trial is told among its values.
+
+    `met_at`: the epoch at which those of a run that is continued met last.
     """
 
-    def __init__(self, job: JobConfig) -> None:
+    def __init__(self, job: JobConfig, met_at: int) -> None:
         super().__init__(
             time_attr="epoch",
             perturbation_interval=job.search.perturbation_epochs,
@@ -102,9 +104,14 @@ class Population(_Fair, PopulationBasedTraining):  # type: ignore[misc]
             log_config=False,
             synch=True,
         )
-        self.job = job
+        self.job, self.met_at = job, met_at
+        self._next_perturbation_sync += met_at
         self.random = random.Random(job.search.seed or 0)
         self.trial_id_of: Callable[[Trial], str]
+
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        super().on_trial_add(controller, trial)
+        self._trial_state[trial].last_perturbation_time = self.met_at
 
     def _checkpoint_or_exploit(
         self, trial: Trial, controller: Any, upper: list[Trial], lower: list[Trial]
@@ -171,12 +178,16 @@ def _perturbed(entry: Distribution, value: Any, rng: random.Random) -> Any:
 
 
 def build_scheduler(
-    job: JobConfig, config_of: Callable[[Trial], TrialConfig], trial_id_of: Callable[[Trial], str]
+    job: JobConfig,
+    config_of: Callable[[Trial], TrialConfig],
+    trial_id_of: Callable[[Trial], str],
+    met_at: int = 0,
 ) -> TrialScheduler | None:
     """The scheduler of a search.
 
     Args:
         config_of, trial_id_of: of Ray's trial, as they are now.
+        met_at: see `Population`.
     """
     search = job.search
     scheduler: Any
@@ -197,7 +208,7 @@ def build_scheduler(
     elif search.scheduler == "median":
         scheduler = Median(time_attr="epoch", grace_period=search.grace_epochs)
     else:
-        scheduler = Population(job)
+        scheduler = Population(job, met_at)
         scheduler.trial_id_of = trial_id_of
     scheduler.config_of = config_of
     return scheduler

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray import tune
@@ -22,6 +22,7 @@ from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 from tlrunner.tune.bell import hang_bell
 from tlrunner.tune.cluster import places_now
+from tlrunner.tune.members import Member, Members, epochs_behind, kept_members
 from tlrunner.tune.plan import count_trials
 from tlrunner.tune.progress import Progress
 from tlrunner.tune.propose import Asked, ListedPoints, OptunaPoints, Points, Proposer
@@ -135,7 +136,12 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
     bell = hang_bell()
     shutil.rmtree(ray_dir, ignore_errors=True)  # of a search that was killed, or put there
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(MOST_PENDING)
-    with Progress(job, search.trials, search.num_trials, console, search.is_halted) as progress:
+    population = _population(search, points) if job.search.scheduler == "pbt" else None
+    if population == []:
+        return
+    members = Members(search.run, population) if population else None
+    shown = search.num_trials, console, search.is_halted
+    with Progress(job, search.trials, *shown, members) as progress:
         tuner = tune.Tuner(
             tune.with_resources(
                 build_trainable(
@@ -143,7 +149,11 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
                 ),
                 _resources(job),
             ),
-            **_proposed(search, points, spending, progress),
+            **(
+                _of_population(search, population, progress)
+                if population
+                else _proposed(search, points, spending, progress)
+            ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(ray_dir),
@@ -171,17 +181,6 @@ def _proposed(
 ) -> dict[str, Any]:
     """Who says which trial is next, and which of them stops."""
     job = search.job
-    settings: dict[str, Any] = {
-        "metric": "val_acc",
-        "mode": "max",
-        "scheduler": build_scheduler(job, progress.config_of, progress.trial_id_of),
-        "reuse_actors": True,
-    }
-    if job.search.scheduler == "pbt":  # which Ray runs on a list of trials alone
-        listed = iter(points.ask, None)
-        values = [{"index": index, "point": point} for index, point in listed]
-        param_space = {"trial": tune.grid_search(values)}
-        return {"param_space": param_space, "tune_config": tune.TuneConfig(**settings)}
     # Ray lets trials wait for room itself, but for those better chosen late and those that Ray
     # Train finds room for.
     waits = job.search.algorithm == "tpe" or job.resources.workers_per_trial > 1
@@ -192,8 +191,35 @@ def _proposed(
         return not search.is_halted() and spending.take_place(places)
 
     proposer = Proposer(points, has_room, progress.record_of)
-    config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **settings)
+    config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **_settings(job, progress))
     return {"tune_config": config}
+
+
+def _population(search: Search, points: Points) -> list[Member]:
+    """The members that are to go on: all of them, of a run that begins."""
+    members = kept_members(search.run) or [Member(*point) for point in iter(points.ask, None)]
+    ended = {record.trial_id for record in search.ended}
+    return [m for m in members if m.planned(search.job).trial_id not in ended]
+
+
+def _of_population(search: Search, members: Sequence[Member], progress: Progress) -> dict[str, Any]:
+    """A population, which Ray runs on a list of trials alone."""
+    job = search.job
+    assert job.search.perturbation_epochs is not None, "the config fills it in"
+    behind = min(epochs_behind(job, search.trials, member) for member in members)
+    met_at = behind - behind % job.search.perturbation_epochs
+    param_space = {"trial": tune.grid_search([asdict(member) for member in members])}
+    config = tune.TuneConfig(**_settings(job, progress, met_at))
+    return {"param_space": param_space, "tune_config": config}
+
+
+def _settings(job: JobConfig, progress: Progress, met_at: int = 0) -> dict[str, Any]:
+    return {
+        "metric": "val_acc",
+        "mode": "max",
+        "scheduler": build_scheduler(job, progress.config_of, progress.trial_id_of, met_at),
+        "reuse_actors": True,
+    }
 
 
 def _beside(job: JobConfig) -> Beside:

@@ -28,6 +28,7 @@ Point = dict[str, Any]
 Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value from it
 
 SHARED_BY_ALL_TRIALS = ("data.", "reuse.", "resources.")
+TRIAL_ID = r"^[0-9]{4,}-[0-9a-f]{6}(-e[0-9]+)?$"
 MAX_REPEATS = 1000  # random draws of known points before a small space is taken to be exhausted
 NUM_PROBES = 64  # random points on which a space is checked that is only asked later
 MAX_PLANNED = 1000  # points of a search of very many that are checked beforehand

@@ -210,7 +210,7 @@ def _figures(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _forget_cleared(run: Place) -> None:
-    """Remove what is here of trials that were cut short; a population has others the next time."""
+    """Remove what is here of trials that were cleared, as they are to run again."""
     trials = [directory.name for directory in (run.path / "trials").glob("*")]
     for directory in (run.path / TENSORBOARD).glob("*"):
         if directory.name not in trials:

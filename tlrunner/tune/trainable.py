@@ -25,7 +25,8 @@ from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.tune.bell import Hearing
-from tlrunner.tune.space import PlannedTrial, trial_at
+from tlrunner.tune.members import as_member
+from tlrunner.tune.space import PlannedTrial
 
 PLACE_SECONDS = 200.0  # that a full disk or a store out of reach has until a trial starts again
 END_SECONDS = 60  # a stopped trial may take to end its workers, before the next one fails for it
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 
 def planned_trial(job: JobConfig, values: dict[str, Any]) -> PlannedTrial:
     """The trial that Ray's values for it stand for."""
-    trial = values["trial"]
-    copied = trial.get("copied")
-    return trial_at(job, trial["index"], trial["point"], tuple(copied[:2]) if copied else None)
+    return as_member(values).planned(job)
 
 
 @dataclass(frozen=True)
