@@ -35,7 +35,7 @@ from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import Trials, build_trainable
 
 MOST_PENDING = 16  # trials that wait for room, for an autoscaler to see
-MOST_ROUNDS = 3  # of what Ray lost: a trial whose actor does not come back ends there untold
+MOST_ROUNDS = 3  # of what Ray lost: a trial whose actor does not come back is not told of
 # Of a trial that drives workers: something that every node has, since Tune must reserve something.
 DRIVER_SLOT = {"memory": 1.0}
 
@@ -117,6 +117,8 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
             break
         asked = Asked(ListedPoints(lost))
         _tune(search, asked, spending, console)
+    else:
+        _fail_lost(search, [] if spending.is_over else _lost(search, asked.points))
     _end_trials(search.trials, num_last(search.job))
 
 
@@ -128,6 +130,15 @@ def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[tuple[int
     states = {d.path.name: d.read().state for d in _begun(search.trials)}
     of_trials = [(p, trial_at(search.job, *p).trial_id) for p in points]
     return [p for p, trial_id in of_trials if states.get(trial_id, "interrupted") == "interrupted"]
+
+
+def _fail_lost(search: Search, points: Sequence[tuple[int, Point]]) -> None:
+    for point in points:
+        planned = trial_at(search.job, *point)
+        directory = TrialDir(search.trials.below(planned.trial_id))
+        if not directory.has_begun:
+            directory.begin(planned.config)
+        directory.end("failed", f"Ray lost it {MOST_ROUNDS + 1} times")
 
 
 def _tune(search: Search, points: Points, spending: Spending, console: Console) -> None:

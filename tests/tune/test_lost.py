@@ -1,0 +1,73 @@
+"""Trials that Ray loses: they run again, and in the end they have failed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tlrunner.configfile import validate
+from tlrunner.jobconfig import JobConfig
+from tlrunner.train.place import Place
+from tlrunner.train.trial_dir import TrialDir
+from tlrunner.tune import search as module
+from tlrunner.tune.propose import ListedPoints, Points
+from tlrunner.tune.search import MOST_ROUNDS, Search
+from tlrunner.tune.space import trial_at
+
+POINTS: list[tuple[int, dict[str, Any]]] = [(0, {"optim.lr": 0.1}), (1, {"optim.lr": 0.2})]
+
+
+@pytest.fixture
+def search(tiny_tree: dict[str, Any], tmp_path: Path) -> Search:
+    space = {"optim.lr": {"grid": [0.1, 0.2]}}
+    job = validate(JobConfig, {**tiny_tree, "search": {"algorithm": "grid", "space": space}})
+    return Search(job, 2, 0.0, Place(tmp_path), images=None, is_halted=lambda: False)  # type: ignore[arg-type]
+
+
+def rounds(
+    search: Search,
+    monkeypatch: pytest.MonkeyPatch,
+    comes_back: Callable[[int, int], bool],
+    *,
+    is_over: bool = False,
+) -> list[list[int]]:
+    """Which trials each round had; of `comes_back(trial, round)` there is an end."""
+    seen: list[list[int]] = []
+
+    def tuned(search: Search, points: Points, *_: object) -> None:
+        asked = list(iter(points.ask, None))
+        for point in asked:
+            directory = TrialDir(search.trials.below(trial_at(search.job, *point).trial_id))
+            directory.begin(search.job.trial())
+            if comes_back(point[0], len(seen)):
+                directory.end("completed")
+        seen.append([index for index, _ in asked])
+
+    monkeypatch.setattr(module, "_tune", tuned)
+    spending: Any = SimpleNamespace(is_over=is_over)
+    module._run(search, ListedPoints(POINTS), spending, Console())
+    return seen
+
+
+def states(search: Search) -> dict[int, str]:
+    records = [TrialDir(path).read() for path in search.trials.path.iterdir()]
+    return {record.index: record.state for record in records}
+
+
+def test_a_lost_trial_runs_again_without_the_others(search: Search, monkeypatch) -> None:
+    assert rounds(search, monkeypatch, lambda trial, n: trial == 0 or n == 2) == [[0, 1], [1], [1]]
+    assert states(search) == {0: "completed", 1: "completed"}
+
+
+def test_what_is_lost_again_and_again_has_failed(search: Search, monkeypatch) -> None:
+    seen = rounds(search, monkeypatch, lambda trial, n: trial == 0)
+    assert seen == [[0, 1], *([[1]] * MOST_ROUNDS)]
+    assert states(search) == {0: "completed", 1: "failed"}
+
+
+def test_what_a_budget_ended_is_not_lost(search: Search, monkeypatch) -> None:
+    assert rounds(search, monkeypatch, lambda trial, n: trial == 0, is_over=True) == [[0, 1]]
+    assert states(search) == {0: "completed", 1: "stopped"}
