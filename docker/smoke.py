@@ -163,7 +163,7 @@ def _device(path: Path) -> int | None:
 def training() -> Faults:
     """A head is trained on flowers that tlrunner draws, from the packaged weights."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, HOME / "jobs" / "train.py", *TRAINING.split(), "--name", "smoke"]
+        command = [sys.executable, f"{HOME}/jobs/train.py", *TRAINING.split(), "--name", "smoke"]
         command += ["--out", directory, "--set", f"data.cache_dir={directory}/cache"]
         ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
         if ended.returncode:
