@@ -158,6 +158,15 @@ class Images:
         names = names if len(names) == len(sizes) else [""] * len(sizes)
         return [Layer(name, size) for name, size in zip(names, reversed(sizes), strict=True)]
 
+    def compressed_bytes(self, image: str) -> list[int]:
+        """What a node pulls: its layers as a registry keeps them, gzipped, from the base up."""
+        place = self.work / "tmp" / "pushed"
+        self.buildah("push", "--quiet", "--signature-policy", self.policy, image, f"oci:{place}")
+        (entry,) = json.loads((place / "index.json").read_text())["manifests"]
+        manifest = (place / "blobs" / entry["digest"].replace(":", "/")).read_text()
+        shutil.rmtree(place)
+        return [layer["size"] for layer in json.loads(manifest)["layers"]]
+
     def mount(self, image: str) -> tuple[str, Path]:
         """A container of the image, and where its file system is mounted."""
         container = self.buildah("from", "--pull-never", image)

@@ -110,12 +110,14 @@ def inspect(store: Images, tag: str, root: Path) -> None:
 
 
 def measure(store: Images, tag: str, root: Path) -> None:
-    """Sizes: by layer, and by what is large in the tree."""
-    layers = store.layers(tag)
-    for layer in layers:
-        made_by = " ".join(layer.made_by.split())[:110]
-        print(f"   {layer.size_bytes / 1e6:8.1f} MB  {made_by}")
-    print(f"   {sum(layer.size_bytes for layer in layers) / 1e6:8.1f} MB  all layers, unpacked")
+    """Sizes: by layer, on disk and as it is pulled, and of what is large in the tree."""
+    layers, pulled = store.layers(tag), store.compressed_bytes(tag)
+    print("    on disk     pulled")
+    for layer, size in zip(layers, pulled, strict=True):
+        made_by = " ".join(layer.made_by.split())[:90]
+        print(f"   {layer.size_bytes / 1e6:8.1f}   {size / 1e6:8.1f} MB  {made_by}")
+    on_disk = sum(layer.size_bytes for layer in layers)
+    print(f"   {on_disk / 1e6:8.1f}   {sum(pulled) / 1e6:8.1f} MB  all layers\n")
     packages = "opt/venv/lib/python3.11/site-packages"
     large = ("nvidia", "torch", "triton", "ray", "pyarrow", "pandas", "cv2", "tlrunner")
     for part in ("usr", "var", "opt/venv", *(f"{packages}/{name}" for name in large)):
@@ -229,6 +231,7 @@ def run_pods(work: Path, root: Path, environment: list[str]) -> None:
     for name in ("jobs", "tlrunner"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     with ExitStack() as held:
+        held.callback(shutil.rmtree, source)
         cluster = Cluster(work / "pods", root, environment, held)
         with step("smoke.py in a hardened pod"):
             code, output = cluster.run("worker", "python /opt/tlrunner/smoke.py --pod", token="")
