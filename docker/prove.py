@@ -122,8 +122,8 @@ def measure(store: Images, tag: str, root: Path) -> None:
     large = ("nvidia", "torch", "triton", "ray", "pyarrow", "pandas", "cv2", "tlrunner")
     for part in ("usr", "var", "opt/venv", *(f"{packages}/{name}" for name in large)):
         if (root / part).exists():
-            size = _output(["du", "--summarize", "--bytes", root / part]).split()[0]
-            print(f"   {int(size) / 1e6:8.1f} MB  /{part}")
+            told = _output(["du", "--summarize", "--bytes", root / part])
+            print(f"   {int(told.split()[0]) / 1e6:8.1f} MB  /{part}")
 
 
 # -- The pods -------------------------------------------------------------------------------------
