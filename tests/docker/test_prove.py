@@ -1,4 +1,4 @@
-"""What docker/prove.py stands on: pip's settings as they are lent, pods as hardened as manifests."""
+"""What docker/prove.py stands on: pip's settings, lent to a build, and pods as hardened ones."""
 
 from pathlib import Path
 
