@@ -213,7 +213,7 @@ class Search:
         newest = trial.newest
         for name in commits.keys() - trial.commits:
             self.moved_at = now
-            if commits[name] <= newest:
+            if commits[name] < newest:  # the same one again is that of an epoch's last step
                 self._redone(trial, f"{name} was written behind step {newest}", commits[name])
             trial.committed_at.setdefault(commits[name], now)
         trial.commits |= commits.keys()

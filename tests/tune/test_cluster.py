@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from clusters import left_behind, nodes_of
+from ray.util import placement_group, remove_placement_group
 
 from tlrunner.train.trial_dir import TrialDir
+from tlrunner.tune.abandoned import free_abandoned
 
 pytestmark = pytest.mark.slow
 
@@ -114,3 +118,32 @@ def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Jo
     assert sum(", memory: " in line for line in told) == 2
     assert [line for line in told if not line.endswith(": ok")] == told[-1:]
     assert "anyone who reaches it can run code" in told[-1]
+
+
+def test_room_that_one_waits_for_who_died_is_freed() -> None:
+    class Maker:
+        """An actor that reserves something, and keeps it."""
+
+        def __init__(self) -> None:
+            self.group = placement_group([{"CPU": 2}])
+
+        def is_there(self) -> bool:
+            return True
+
+    with nodes_of(2) as address:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        try:
+            held = placement_group([{"CPU": 2}])
+            ray.get(held.ready(), timeout=30)
+            maker = ray.remote(num_cpus=0)(Maker).remote()
+            assert ray.get(maker.is_there.remote())
+            assert free_abandoned() == 0, "it lives, and so do we, whose group has no actor"
+            ray.kill(maker)
+            deadline = time.monotonic() + 30
+            while not free_abandoned():
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            remove_placement_group(held)
+            ray.get(placement_group([{"CPU": 2}]).ready(), timeout=30)
+        finally:
+            ray.shutdown()

@@ -33,6 +33,7 @@ from tlrunner.train.trial import (
     with_smaller_micro_batches,
 )
 from tlrunner.train.trial_dir import EpochReport
+from tlrunner.tune.abandoned import free_abandoned
 from tlrunner.tune.mailbox import Mailbox
 
 POLL_SECONDS = 0.5
@@ -99,10 +100,14 @@ def _drive(
     failure: list[BaseException] = []
     running = threading.Thread(target=_fit, args=(trainer, failure), daemon=True)
     running.start()
+    has_begun = False
     try:
         while running.is_alive():
+            if not has_begun:  # and may wait for room that is kept for one that was killed
+                free_abandoned()
             finished = ray.get(mailbox.next.remote(POLL_SECONDS))
             if finished:
+                has_begun = True
                 report(finished)
                 ray.get(mailbox.go_on.remote())
         if failure:
