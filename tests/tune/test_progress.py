@@ -3,9 +3,12 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.utils.callback import _create_default_callbacks
 from rich.console import Console
 
 from tlrunner.config import TrialConfig
@@ -15,7 +18,7 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.signals import Halt
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import TrialDir
-from tlrunner.tune.progress import Progress
+from tlrunner.tune.progress import NoOtherLines, Progress
 from tlrunner.tune.space import trial_at
 
 WriteTrial = Callable[..., TrialConfig]
@@ -167,3 +170,18 @@ def test_a_trial_that_was_at_its_end_is_not_failed_by_the_death_of_its_process(
     search.progress.on_trial_error(0, [], search.trial)
     assert search.directory.read().state == "completed"
     assert search.lines[-1].endswith("completed")
+
+
+def test_ray_prints_nothing_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", raising=False)
+    given = NoOtherLines()
+    used = _create_default_callbacks([given], metric="val_acc", mode="max", config={})
+    ours = [callback for callback in used if isinstance(callback, TrialProgressCallback)]
+    assert ours == [given]
+    trial: Any = SimpleNamespace(last_result={})
+    given.on_trial_complete(0, [], trial)
+    given.on_trial_error(0, [], trial)
+    given.on_trial_result(0, [], trial, {"done": True})
+    assert capsys.readouterr().out == ""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -51,6 +52,14 @@ class Row:
             f"{self.seconds:.0f}",
             self.state,
         ]
+
+
+class NoOtherLines(TrialProgressCallback):  # type: ignore[misc]  # ray is not typed
+    """In the place of Ray's own, which tells of trials without a result whatever `verbose` is."""
+
+    def on_trial_complete(self, *_: Any, **info: Any) -> None: ...
+
+    def log_result(self, *_: Any, **info: Any) -> None: ...
 
 
 class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed

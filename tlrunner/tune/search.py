@@ -24,7 +24,7 @@ from tlrunner.tune.bell import hang_bell
 from tlrunner.tune.cluster import places_now
 from tlrunner.tune.members import Member, Members, epochs_behind, kept_members
 from tlrunner.tune.plan import count_trials
-from tlrunner.tune.progress import Progress
+from tlrunner.tune.progress import NoOtherLines, Progress
 from tlrunner.tune.propose import Asked, ListedPoints, OptunaPoints, Points, Proposer
 from tlrunner.tune.rank import with_best_backbones
 from tlrunner.tune.repeats import candidates, repeats_of
@@ -170,7 +170,7 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
                 storage_path=str(ray_dir),
                 stop=Over(spending, job.search.max_epochs, search.is_halted, bell),
                 failure_config=tune.FailureConfig(max_failures=-1),  # `Progress` says when it ends
-                callbacks=[spending, progress, *_trackers(search, progress)],
+                callbacks=[NoOtherLines(), spending, progress, *_trackers(search, progress)],
                 verbose=0,
             ),
         )
