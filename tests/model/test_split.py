@@ -23,7 +23,10 @@ FAMILIES = [
 ]
 HANDING_ON_LISTS = ["timm/hrnet_w18_small", "timm/selecsls42", "timm/efficientvim_m1"]
 LARGE = {"inception_v3": 96, "maxvit_t": 224}
-HUGE = ("regnet_y_128gf", "vit_h_14")  # as others of their kinds, with more of the same
+HUGE = (  # as others of their kinds, with more of the same
+    *("regnet_y_128gf", "regnet_y_32gf", "regnet_y_16gf", "regnet_x_32gf", "vit_h_14", "vit_l_16"),
+    *("vit_l_32", "resnext101_64x4d", "convnext_large", "efficientnet_v2_l", "swin_b", "swin_v2_b"),
+)
 
 
 def built(name: str, size: int = 64) -> Classifier:
