@@ -19,6 +19,7 @@ from tlrunner.train.checkpoint import write_checkpoint
 from tlrunner.train.images import Images
 from tlrunner.train.keeper import Keeper
 from tlrunner.train.place import Place
+from tlrunner.train.resume import epoch_of
 from tlrunner.train.trial import run_trial
 from tlrunner.train.trial_dir import EpochReport, TrialDir
 
@@ -149,6 +150,12 @@ def test_a_trial_killed_between_a_checkpoint_and_its_figures_tells_each_epoch(
         patched.setattr(TrialDir, "append", killed)
         with pytest.raises(KilledError):
             go_on()
+    trial.tell_kept()
+    trial.tell_kept()
+    checkpoint = trial.to_go_on_from()
+    assert checkpoint
+    kept = min(epoch, 2)  # the last epoch leaves nothing to go on from
+    assert epoch_of(checkpoint) == len(trial.read().epochs) == kept, "it is not computed again"
     go_on()
     record = trial.read()
     assert [report.epoch for report in record.epochs] == [1, 2, 3]

@@ -106,7 +106,7 @@ def test_an_epoch_is_on_the_disk_before_it_is_reported(
         record = trial.read()
         assert record.epochs[-1] == finished
         tensors, state = read_checkpoint(trial.best_checkpoint(record.best))
-        assert state["val_acc"] == record.best.val_acc
+        assert state["report"]["val_acc"] == record.best.val_acc
         assert tensors
         seen.append(finished.epoch)
 

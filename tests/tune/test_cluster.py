@@ -112,12 +112,14 @@ def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Jo
     assert "1 x 2 CPUs and 0 GPUs" in line
     assert "1 x 1 CPUs and 0 GPUs" in line
 
-    assert fit.returncode == 69, fit.stdout + fit.stderr  # for its dashboard asks for no token
     told = fit.stdout.splitlines()
     assert sum(": as here: ok" in line for line in told) == 2
     assert sum(", memory: " in line for line in told) == 2
-    assert [line for line in told if not line.endswith(": ok")] == told[-1:]
-    assert "anyone who reaches it can run code" in told[-1]
+    # Whether Ray asks for a token depends on whether its user has one.
+    is_open = "anyone who reaches it can run code" in told[-1]
+    assert [line for line in told if not line.endswith(": ok")] == told[-1:] * is_open
+    assert fit.returncode == (69 if is_open else 0), fit.stdout + fit.stderr
+    assert is_open or "asks for a token" in told[-1]
 
 
 def test_room_that_one_waits_for_who_died_is_freed() -> None:

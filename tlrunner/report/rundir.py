@@ -266,6 +266,8 @@ def _clear_unsettled(run: RunDir) -> list[TrialRecord]:
     records = run.records()
     ended = {r.trial_id: r for r in records if _is_kept(run, r)}
     broken_off = [r.trial_id for r in records if r.state == "interrupted"]
+    for name in broken_off:
+        run.trial(name).tell_kept()
     resumable = {name for name in broken_off if run.trial(name).to_go_on_from()}
     for directory in run.trial_paths():
         if directory.name not in ended and directory.name not in resumable:

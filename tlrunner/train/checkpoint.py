@@ -38,10 +38,14 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class _Behind:
-    """What `state.json` says of the epochs that are behind a checkpoint."""
+class Behind:
+    """What `state.json` says of the epochs that are behind a checkpoint.
+
+    `report`: the figures of the latest, if the checkpoint is from its end.
+    """
 
     epoch: int = 0
+    report: dict[str, Any] | None = None
 
 
 def write_checkpoint(
@@ -111,9 +115,13 @@ def resumable(parent: Path, num_told: int) -> Path | None:
     """
     for directory in reversed(_directories(parent)):
         is_kept = (directory / TRAINING_STATE).exists() and is_whole(directory)
-        if is_kept and read_stored(_Behind, directory / STATE).epoch <= num_told:
+        if is_kept and read_behind(directory).epoch <= num_told:
             return directory
     return None
+
+
+def read_behind(checkpoint: Path) -> Behind:
+    return read_stored(Behind, checkpoint / STATE)
 
 
 def later(parent: Path, step: int) -> list[Path]:

@@ -6,7 +6,7 @@ Nothing goes before what takes its place is committed and spoken of.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 from tlrunner.train.attempts import note_attempt
@@ -101,8 +101,7 @@ class Keeper:
         is_due = self.goes_on or is_best or self._is_late
         goes_on = bool(self.num_last) or (can_go_on and is_due)
         if self.record and (is_best or goes_on):
-            figures = {"val_acc": finished.val_acc, "val_loss": finished.val_loss}
-            state: dict[str, object] = {"epoch": finished.epoch, **figures}
+            state: dict[str, object] = {"epoch": finished.epoch, "report": asdict(finished)}
             name = self._write(self.record, self.feed.num_steps, state, goes_on)
             finished = replace(finished, checkpoint=name)
         if is_best:

@@ -32,9 +32,11 @@ from tlrunner.train.attempts import note_attempt
 from tlrunner.train.checkpoint import (
     COMMIT,
     NAME_PATTERN,
+    STATE,
     TRAINING_STATE,
     later,
     others,
+    read_behind,
     resumable,
     without_training_state,
 )
@@ -171,10 +173,19 @@ class TrialDir:
             self.place.save(checkpoint / COMMIT)
             self.place.drop(checkpoint / TRAINING_STATE)
 
+    def tell_kept(self) -> None:
+        """Tell the epoch of a checkpoint that was broken off between being kept and being told."""
+        num_told = self._num_told()
+        checkpoint = resumable(self.checkpoints, num_told + 1)
+        behind = read_behind(checkpoint) if checkpoint else None
+        if checkpoint and behind and behind.report and behind.epoch == num_told + 1:
+            where = checkpoint / STATE
+            text = json.dumps({**behind.report, "checkpoint": checkpoint.name}).encode()
+            self.append(parse_stored(EpochReport, text, where))
+
     def to_go_on_from(self) -> Place | None:
-        """The newest checkpoint that the trial can go on from."""
-        epochs = self._epochs()
-        checkpoint = resumable(self.checkpoints, epochs[-1].epoch if epochs else 0)
+        """The newest checkpoint that the trial can go on from: what is before it was told."""
+        checkpoint = resumable(self.checkpoints, self._num_told())
         return self.place.below(CHECKPOINTS).below(checkpoint.name) if checkpoint else None
 
     def append(self, report: EpochReport) -> None:
@@ -242,6 +253,10 @@ class TrialDir:
                 found = f"epoch {report.epoch} behind epoch {before.epoch}"
                 raise not_as_written(path, found, "each epoch once, in order")
         return epochs
+
+    def _num_told(self) -> int:
+        epochs = self._epochs()
+        return epochs[-1].epoch if epochs else 0
 
     def _parsed(self, line: bytes) -> EpochReport:
         return parse_stored(EpochReport, line, self.path / "metrics.jsonl")

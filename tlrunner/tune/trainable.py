@@ -125,6 +125,8 @@ def _go_on(
         from tlrunner.tune.workers import run_in_workers
 
     directory.place.fetch()  # once more: the one before may have written until it was taken
+    if directory.has_begun:
+        directory.tell_kept()
     record = directory.read() if directory.has_begun else None
     resume_from, notes = _beginning(trials.place, directory, record, values)
     if record and not trials.num_last:
