@@ -84,6 +84,43 @@ def test_a_job_that_the_cluster_forgot_can_be_continued(followed):
     assert followed(client)[1].exit_code == 75
 
 
+@pytest.mark.parametrize("num_refusals", [0, 2])
+def test_a_head_that_is_still_starting_is_waited_for(monkeypatch, tmp_path, num_refusals):
+    refusals = ["No available agent to submit job, please try again later."] * num_refusals
+
+    class Starting:
+        def submit_job(self, **asked: object) -> object:
+            if refusals:
+                raise RuntimeError(f"Request failed with status code 500: {refusals.pop()}")
+            return asked["submission_id"]
+
+    monkeypatch.setattr(submission, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(submission, "JobSubmissionClient", lambda *_, **__: Starting())
+    door = Door(lambda: nullcontext("http://h:1"), None)
+    assert submission.submit(door, "python job.py", tmp_path, "first") == "first"
+    assert not refusals
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("Job with submission_id first already exists", ConfigError),
+        ("runtime_env is wrong", ResourceError),
+        ("No available agent to submit job", ResourceError),
+    ],
+)
+def test_what_a_cluster_refuses_is_said(monkeypatch, tmp_path, said, error):
+    class Refusing:
+        def submit_job(self, **asked: object) -> object:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(submission, "START_SECONDS", -1.0)
+    monkeypatch.setattr(submission, "JobSubmissionClient", lambda *_, **__: Refusing())
+    door = Door(lambda: nullcontext("http://h:1"), None)
+    with pytest.raises(error, match=r"first' on the cluster already|refuses the job"):
+        submission.submit(door, "python job.py", tmp_path, "first")
+
+
 def test_a_cluster_that_is_gone_ends_the_following(monkeypatch):
     monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
 

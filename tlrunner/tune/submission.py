@@ -16,6 +16,7 @@ from tlrunner.errors import ConfigError, InterruptedRun, ResourceError
 
 AGAIN_SECONDS = 2.0  # until a broken way to the cluster is tried again
 LOST_SECONDS = 300.0  # for which it may be broken
+START_SECONDS = 60.0  # that a head has until it takes jobs
 UNKNOWN_CODE = 70  # of a job that failed before its program could
 FORGOTTEN = "the cluster does not know it any more, as after a restart of its head"
 UNREACHED = (ConnectionError, RequestException, ClientError, RuntimeError, OSError)
@@ -68,25 +69,33 @@ class Ended:
 def submit(door: Door, entrypoint: str, directory: Path, job_id: str | None) -> str:
     """Start a command in a copy of a directory; gives the job's id.
 
+    A head that is still starting is waited for.
+
     Raises:
         ConfigError: there is a job of that id.
         ResourceError: the cluster cannot be reached, or refuses the job.
     """
+    deadline = time.monotonic() + START_SECONDS
     with door.client() as client:
-        try:
-            submitted: str = client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job_id,
-                runtime_env={"working_dir": str(directory)},
-            )
-        except RuntimeError as err:
-            if "already exists" in str(err):
-                raise ConfigError(
-                    f"there is a job '{job_id}' on the cluster already", "", "choose another --id"
-                ) from err
-            said = str(err).strip().splitlines()[-1][:300]
-            raise ResourceError(f"the cluster refuses the job: {said}") from err
-    return submitted
+        while True:
+            try:
+                submitted: str = client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job_id,
+                    runtime_env={"working_dir": str(directory)},
+                )
+                return submitted
+            except RuntimeError as err:
+                if "already exists" in str(err):
+                    raise ConfigError(
+                        f"there is a job '{job_id}' on the cluster already",
+                        "",
+                        "choose another --id",
+                    ) from err
+                if "No available agent" not in str(err) or time.monotonic() > deadline:
+                    said = str(err).strip().splitlines()[-1][:300]
+                    raise ResourceError(f"the cluster refuses the job: {said}") from err
+            time.sleep(AGAIN_SECONDS)
 
 
 def follow(door: Door, job_id: str, show: Callable[[str], object]) -> Ended:
