@@ -68,12 +68,7 @@ class Place:
 
     def read(self, kind: type[T], name: str) -> T | None:
         """What a JSON file says where it is kept; None if there is none."""
-        store, where = self.store, f"{self}/{name}"
-        num_bytes = store.size(name)
-        if num_bytes is None:
-            return None
-        check_size(num_bytes, where)
-        return parse_stored(kind, store.read(name), where)
+        return read_from(self.store, kind, name)
 
     def save(self, *files: Path) -> None:
         """Put files of the directory where they are kept, in this order."""
@@ -166,6 +161,20 @@ class Place:
             )
         except FileNotFoundError as err:
             raise StorageError(f"{self}/{name} was removed while it was being fetched") from err
+
+
+def read_from(store: Store, kind: type[T], name: str) -> T | None:
+    """What a JSON file in a store says; None if there is none.
+
+    Raises:
+        StorageError: too large, or not of that kind.
+    """
+    where = f"{store.uri}/{name}"
+    num_bytes = store.size(name)
+    if num_bytes is None:
+        return None
+    check_size(num_bytes, where)
+    return parse_stored(kind, store.read(name), where)
 
 
 class Guard(Protocol):

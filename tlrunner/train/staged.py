@@ -20,7 +20,7 @@ from tlrunner.data.store import Store
 from tlrunner.errors import ConfigError, StorageError
 from tlrunner.files import locked, sha256_bytes, sha256_file, sha256_text, write_json
 from tlrunner.model.backbones import published_name, published_state
-from tlrunner.stored import check_size, parse_stored
+from tlrunner.train.place import read_from
 from tlrunner.uris import local_path
 
 TENSORS, RECORD = "weights.safetensors", "staged.json"
@@ -46,7 +46,7 @@ def staged_weights(uri: str) -> list[Staged]:
     store = open_store(uri)
     ending = f"/{RECORD}"
     names = [e.name.removesuffix(ending) for e in store.list() if e.name.endswith(ending)]
-    return [_record(store, name) for name in names]
+    return [record for name in names if (record := _record(store, name))]
 
 
 def check_staged(config: BackboneConfig) -> None:
@@ -94,8 +94,8 @@ def pull(config: BackboneConfig, uri: str) -> Staged:
             "leave it out",
         )
     store = open_store(uri)
-    if store.size(f"{name}/{RECORD}") is not None:
-        return _record(store, name)
+    if there := _record(store, name):
+        return there
     source, state = published_state(config)
     with TemporaryDirectory(prefix="tlrunner-weights-") as directory:
         path = Path(directory) / TENSORS
@@ -114,8 +114,8 @@ def push(source: str, uri: str) -> Iterator[tuple[Staged, bool]]:
     """
     store = open_store(uri)
     for staged in staged_weights(source):
-        if store.size(f"{staged.name}/{RECORD}") is not None:
-            if (there := _record(store, staged.name)) != staged:
+        if there := _record(store, staged.name):
+            if there != staged:
                 raise StorageError(
                     f"{uri}/{staged.name} has the SHA-256 {there.sha256}",
                     staged.sha256,
@@ -151,21 +151,21 @@ def _wanted(config: BackboneConfig) -> Staged | None:
     if name is None or uri is None:
         return None
     store = open_store(uri)
-    if store.size(f"{name}/{RECORD}") is None:
+    staged = _record(store, name)
+    if staged is None:
         spelled = config.name if config.weights == "default" else f"{config.name}:{config.weights}"
         raise ConfigError(
             f"backbone.weights_uri {uri} has no {name}",
-            ", ".join(staged.name for staged in staged_weights(uri)) or "nothing is staged there",
+            ", ".join(other.name for other in staged_weights(uri)) or "nothing is staged there",
             f"tlrunner weights pull {spelled} --to {uri}",
         )
-    return _record(store, name)
+    return staged
 
 
-def _record(store: Store, name: str) -> Staged:
-    where = f"{store.uri}/{name}/{RECORD}"
-    check_size(store.size(f"{name}/{RECORD}") or 0, where)
-    staged = parse_stored(Staged, store.read(f"{name}/{RECORD}"), where)
-    if staged.name != name:
+def _record(store: Store, name: str) -> Staged | None:
+    staged = read_from(store, Staged, f"{name}/{RECORD}")
+    if staged and staged.name != name:
+        where = f"{store.uri}/{name}/{RECORD}"
         raise StorageError(f"{where} is of {staged.name}", name, "stage it again")
     return staged
 

@@ -25,13 +25,11 @@ class HeadState:
     """A head and its optimizer, as they would be if it were trained alone.
 
     Attributes:
-        average: of the weights, if its config averages.
         moments: name of a weight -> names and values of torch's optimizer.
         num_steps: that are behind.
     """
 
     weights: dict[str, Tensor]
-    average: dict[str, Tensor] | None
     moments: dict[str, dict[str, Tensor]]
     num_steps: int
 
@@ -125,13 +123,8 @@ class HeadSweep:
             moments[weight] = {name: of[weight][place].clone() for name, of in kept}
             if len(names) > 1:
                 moments[weight]["step"] = torch.tensor(float(self.num_steps))
-        is_averaged = self.trains[place].ema_decay is not None
-        return HeadState(
-            {name: tensor[place].detach().clone() for name, tensor in self.weights.items()},
-            self.state(place) if is_averaged else None,
-            moments,
-            self.num_steps,
-        )
+        weights = {name: tensor[place].detach().clone() for name, tensor in self.weights.items()}
+        return HeadState(weights, moments, self.num_steps)
 
     # -- Forward ---------------------------------------------------------------------------------
 

@@ -209,6 +209,12 @@ class TrialDir:
         except StorageError as err:
             raise error from err  # the disk that fails is often what failed the trial
 
+    def give_up(self, config: TrialConfig, why: str) -> None:
+        """End a trial as failed whose process could not say so itself, or never began."""
+        if not self.has_begun:
+            self.begin(config)
+        self.end("failed", why)
+
     def leave_traceback(self, error: BaseException) -> None:
         self.place.checked_fence()
         told = redacted("".join(traceback.format_exception(error)))

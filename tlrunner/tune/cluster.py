@@ -6,9 +6,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import ray
 from ray._private.state import state as ray_state
@@ -20,6 +21,8 @@ from tlrunner.config import ResourceConfig
 from tlrunner.errors import InterruptedRun, ResourceError, StorageError
 from tlrunner.secrets import Redacting
 from tlrunner.tune.plan import Machine, grant, num_places
+
+T = TypeVar("T")
 
 # Ray reads these when it starts: the project has its own table, its own records and its own way to
 # stop, and with SIGINT left to Ray an interrupted run would end as a success.
@@ -138,6 +141,17 @@ def places_now(resources: ResourceConfig) -> int:
     return num_places(resources, machines()) + waits
 
 
+def on_each_node(function: Callable[[], T]) -> list[tuple[str, "ray.ObjectRef[T]"]]:
+    """Have each node there is now run a function: names of nodes, and what is to come of it."""
+    task = ray.remote(num_cpus=0)(function)
+    asked = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked.append((node["NodeName"], task.options(scheduling_strategy=there).remote()))
+    return asked
+
+
 def check_shared(directory: Path, holds: str, remedy: str) -> None:
     """Check that every node sees a directory that its trials use.
 
@@ -147,22 +161,14 @@ def check_shared(directory: Path, holds: str, remedy: str) -> None:
     Raises:
         StorageError: a node does not.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:
+    if len(machines()) == 1:
         return
-    sees = ray.remote(num_cpus=0)(lambda path: Path(path).is_file())
-    seen = [
-        sees.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(str(directory / holds))
-        for node in nodes
-    ]
-    blind = [
-        node["NodeName"] for node, is_seen in zip(nodes, ray.get(seen), strict=True) if not is_seen
-    ]
+    path = str(directory / holds)
+    seen = on_each_node(lambda: Path(path).is_file())
+    blind = [node for node, is_seen in seen if not ray.get(is_seen)]
     if blind:
         raise StorageError(
-            f"{directory} is not seen from {len(blind)} of {len(nodes)} nodes, e.g. {blind[0]}",
+            f"{directory} is not seen from {len(blind)} of {len(seen)} nodes, e.g. {blind[0]}",
             "a directory that all nodes share, or s3://",
             remedy,
         )

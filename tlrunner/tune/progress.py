@@ -201,11 +201,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def _record_death(self, directory: TrialDir, planned: PlannedTrial) -> None:
         """A trial whose process was killed could not say so itself."""
-        failed: State = "failed"
         try:
-            if not directory.has_begun:
-                directory.begin(planned.config)
-            directory.end(failed, "its process died or could not start")
+            directory.give_up(planned.config, "its process died or could not start")
         except StorageError as err:
             self.error = err
             raise

@@ -136,9 +136,7 @@ def _fail_lost(search: Search, points: Sequence[tuple[int, Point]]) -> None:
     for point in points:
         planned = trial_at(search.job, *point)
         directory = TrialDir(search.trials.below(planned.trial_id))
-        if not directory.has_begun:
-            directory.begin(planned.config)
-        directory.end("failed", f"Ray lost it {MOST_ROUNDS + 1} times")
+        directory.give_up(planned.config, f"Ray lost it {MOST_ROUNDS + 1} times")
 
 
 def _tune(search: Search, points: Points, spending: Spending, console: Console) -> None:

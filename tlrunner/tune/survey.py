@@ -8,7 +8,8 @@ from urllib.request import ProxyHandler, build_opener
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tlrunner.tune.cluster import on_each_node
 
 T = TypeVar("T")
 
@@ -26,13 +27,7 @@ class Answer(Generic[T]):
 
 def ask_nodes(question: Callable[[], T]) -> list[Answer[T]]:
     """Run a function on each node there is now."""
-    ask = ray.remote(num_cpus=0)(question)
-    asked = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked.append((node["NodeName"], ask.options(scheduling_strategy=there).remote()))
-    return [_answer(name, reference) for name, reference in asked]
+    return [_answer(name, reference) for name, reference in on_each_node(question)]
 
 
 def _answer(node: str, reference: "ray.ObjectRef[T]") -> Answer[T]:
