@@ -30,16 +30,29 @@ def regex(pattern: str) -> "re.Pattern[str]":
     return re.compile(text)
 
 
-def is_let_in(path: str) -> bool:
+def lines() -> list[str]:
+    read = (ROOT / ".dockerignore").read_text().splitlines()
+    return [line for line in read if line and not line.startswith("#")]
+
+
+def is_matched(path: str) -> bool:
     """The last pattern that matches a path, or a directory that it is in, decides."""
     let_in = True
     steps = [str(step) for step in (PurePosixPath(path), *PurePosixPath(path).parents)][:-1]
-    for line in (ROOT / ".dockerignore").read_text().splitlines():
-        if line and not line.startswith("#"):
-            pattern = regex(line.removeprefix("!"))
-            if any(pattern.fullmatch(step) for step in steps):
-                let_in = line.startswith("!")
+    for line in lines():
+        pattern = regex(line.removeprefix("!"))
+        if any(pattern.fullmatch(step) for step in steps):
+            let_in = line.startswith("!")
     return let_in
+
+
+def is_let_in(path: str) -> bool:
+    """Also by builders that enter a directory only if it is let in itself, or begins a pattern."""
+    directories = [str(step) for step in PurePosixPath(path).parents][:-1]
+    return is_matched(path) and all(
+        is_matched(directory) or any(line.startswith(f"!{directory}/") for line in lines())
+        for directory in directories
+    )
 
 
 @pytest.mark.parametrize("path", NEVER.split())

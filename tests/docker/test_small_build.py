@@ -120,18 +120,18 @@ def test_nothing_is_left_of_building_it(runtime: tuple[dict[str, Any], Path]) ->
 
 
 def test_the_package_is_a_layer_of_its_own_files_alone(
-    package: tuple[dict[str, Any], Path],
+    root: Path, package: tuple[dict[str, Any], Path]
 ) -> None:
-    _, root = package
-    layer = root / "package"
+    layer = package[1] / "package"
     assert sorted(path.name for path in layer.rglob("*") if path.name == ".env") == []
     assert [path.name for path in (layer / "opt").iterdir() if path.name != "venv"] == ["tlrunner"]
     assert (layer / "opt/tlrunner/jobs/tune_flowers.yaml").is_file()
     installed = layer / "opt/venv/lib/python3.11/site-packages/tlrunner"
-    for directory in (installed, installed / "tune", layer / "opt/tlrunner/jobs"):
-        sources = {path.stem for path in directory.glob("*.py")}
-        compiled = {path.name.split(".")[0] for path in directory.glob("__pycache__/*.pyc")}
-        assert sources == compiled
+    for directory in ("tlrunner", "tlrunner/tune", "tlrunner/train", "jobs"):
+        of = (layer / "opt/tlrunner" if directory == "jobs" else installed.parent) / directory
+        sources = {path.stem for path in (root / directory).glob("*.py")}
+        assert sources == {path.stem for path in of.glob("*.py")}
+        assert sources == {path.name.split(".")[0] for path in of.glob("__pycache__/*.pyc")}
     script = (layer / "opt/venv/bin/tlrunner").read_text()
     assert script.startswith("#!/opt/venv/bin/python")
 
