@@ -81,7 +81,7 @@ def test_a_target_that_fails_the_smoke_test_is_not_built(target: str) -> None:
 @targets
 def test_a_target_is_labelled(target: str) -> None:
     labels = " ".join(rest for word, rest in STAGES[target] if word == "LABEL")
-    for name in ("title", "description", "version", "source", "revision", "licenses"):
+    for name in ("title", "description", "version", "licenses"):
         assert f"org.opencontainers.image.{name}=" in labels
     assert 'io.ray.version="${RAY_VERSION}"' in labels
 

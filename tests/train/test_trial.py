@@ -141,6 +141,17 @@ def test_without_shards_the_images_are_prepared(tiny_trial: TrialConfig, tmp_pat
     assert list(tmp_path.glob("shards/*/manifest.json"))
 
 
+def test_shards_that_another_process_of_the_node_is_just_writing_are_not_taken_for_written(
+    tiny_trial: TrialConfig, colour_images: Images, tmp_path: Path
+) -> None:
+    begun = tmp_path / "shards" / Path(colour_images.shards).name
+    begun.mkdir(parents=True)
+    images = Images(str(begun), colour_images.sha256)
+    config = with_values(tiny_trial, {"data.cache_dir": str(tmp_path)})
+    assert run_trial(config, lambda report: None, images=images).state == "completed"
+    assert (begun / "manifest.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("values", "trains_more"),
     [

@@ -21,6 +21,7 @@ from tlrunner.data.loader import (
     train_batches,
     train_shares,
 )
+from tlrunner.data.manifest import MANIFEST_NAME
 from tlrunner.data.order import Rows, Splits, split_rows
 from tlrunner.data.prepare import prepare
 from tlrunner.data.store import LocalStore
@@ -60,9 +61,12 @@ def open_data(data: DataConfig, images: Images | None = None) -> tuple[Dataset, 
 
 
 def _is_seen(shards: str) -> bool:
-    """Whether this node sees shards that another prepared; it makes its own where it does not."""
+    """Whether this node sees shards that another prepared; it makes its own where it does not.
+
+    The directory alone says nothing: a process beside this one may just be writing them.
+    """
     store = open_store(shards)
-    return not isinstance(store, LocalStore) or store.root.is_dir()
+    return not isinstance(store, LocalStore) or (store.root / MANIFEST_NAME).is_file()
 
 
 def split_data(data: DataConfig, dataset: Dataset) -> Splits:
