@@ -75,14 +75,15 @@ class Images:
         for name in ("store", "run", "tmp"):
             (work / name).mkdir(parents=True, exist_ok=True)
         self.driver = "overlay" if _has_overlay(work) else "vfs"
-        self.policy = work / "policy.json"
+        self.policy = work / "tmp" / "policy.json"
         self.policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         storage = {"driver": self.driver, "graphroot": work / "store", "runroot": work / "run"}
         lines = [f'{key} = "{value}"' for key, value in storage.items()]
-        (work / "storage.conf").write_text("\n".join(["[storage]", *lines, ""]))
+        conf = work / "tmp" / "storage.conf"
+        conf.write_text("\n".join(["[storage]", *lines, ""]))
         self._env = {
             **os.environ,
-            "CONTAINERS_STORAGE_CONF": str(work / "storage.conf"),
+            "CONTAINERS_STORAGE_CONF": str(conf),
             "TMPDIR": str(work / "tmp"),
         }
 
@@ -116,7 +117,8 @@ class Images:
             subprocess.CalledProcessError: it did not build; `log` says why.
         """
         settings = pip_settings()
-        conf = self.work / "pip.conf"
+        conf = self.work / "tmp" / "pip.conf"
+        conf.touch(0o600)  # a password may be in it
         conf.write_text("\n".join(["[global]", *(f"{k} = {v}" for k, v in settings.items()), ""]))
         mounts = [f"--volume={path}:{path}:ro" for path in local_paths(settings)]
         # vfs copies the whole tree for each layer, so there a stage is one layer.
