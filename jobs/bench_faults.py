@@ -62,7 +62,7 @@ from bench_faults_search import (
 )
 
 RECOVER_SECONDS = 180.0  # for a trial to train again behind a fault, where it is slow
-AT_ONCE = 2  # searches; most of their time is spent in waiting for something to be noticed
+AT_ONCE = 3  # searches; most of their time is spent in waiting for something to be noticed
 MOST_STARTS = 40  # before a search is given up
 DAY_SECONDS = 86_400
 
