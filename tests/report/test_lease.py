@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
@@ -86,6 +87,11 @@ def proxy(
 def unconditional(rclone_bucket: Bucket, tmp_path: Path) -> Place:
     """A run in a store that ignores conditions."""
     return Place(tmp_path / "here" / "mine", f"{rclone_bucket.uri}/runs/mine")
+
+
+def hold(run: Place) -> None:
+    with held(run):
+        time.sleep(WAIT_SECONDS)
 
 
 def on_another_machine(run: Place) -> Place:
@@ -213,6 +219,23 @@ def test_what_a_dead_holder_held_is_taken_over_after_a_while(
     with caplog.at_level(logging.INFO, "tlrunner"), quickly(kept) as lease:
         assert lease.fence.number == 5
         assert "was not given back by process 1 on elsewhere" in caplog.text
+
+
+@pytest.mark.slow
+def test_what_a_process_of_this_machine_held_that_was_killed_is_free_at_once(
+    kept: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    holding = get_context("spawn").Process(target=hold, args=(kept,))
+    holding.start()
+    wait_for(lambda: kept.store.size(LEASE) is not None)
+    with pytest.raises(InterruptedRun, match=f"is being written by process {holding.pid} on"):
+        quickly(kept).__enter__()
+    holding.kill()
+    holding.join()
+    assert not said(kept)["released"]
+    with caplog.at_level(logging.INFO, "tlrunner"), held(kept, lease_seconds=1000) as lease:
+        assert lease.fence.number == 2
+    assert "looking if that lives" not in caplog.text
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 On one machine a file lock keeps two starts apart, which goes with the process that holds it. For a
 run in S3 there is a lease, too, among its objects, that its holder renews. A start that finds one
-watches on its own monotonic clock whether it changes: clocks of two machines can be a day apart.
-Each holder's number is one higher than that of the last, see `place.Fence`.
+watches on its own monotonic clock whether it changes: clocks of two machines can be a day apart. It
+need not where the lock names that lease: its holder was here, and has let go of the lock. Each
+holder's number is one higher than that of the last, see `place.Fence`.
 """
 
 import fcntl
@@ -81,11 +82,11 @@ def held(
         InterruptedRun: another process writes it.
         StorageError: the lease cannot be read or written.
     """
-    with _locked_here(run):
+    with _locked_here(run) as lock:
         if run.uri is None:
             yield _taken_here(run)
             return
-        former = _given_up(run, renew_seconds, lease_seconds)
+        former = _given_up(run, lock.last_token, renew_seconds, lease_seconds)
         slot = _Slot(run, honours_conditions(run))
         if not slot.is_conditional:
             log.warning(
@@ -93,7 +94,7 @@ def held(
                 "same moment may not be kept out",
                 run,
             )
-        claim = Claim((former.claim.fence if former else 0) + 1, _myself(), secrets.token_hex(16))
+        claim = Claim((former.claim.fence if former else 0) + 1, _myself(), lock.token)
         etag = slot.replace(former.etag if former else None, claim)
         if etag is None:
             winner = slot.read()
@@ -106,8 +107,15 @@ def held(
             keeping.give_back()
 
 
+class _Lock(NamedTuple):
+    """Tokens of leases, as the file that is locked has them: this holder's and the last one's."""
+
+    token: str
+    last_token: str
+
+
 @contextmanager
-def _locked_here(run: Place) -> Iterator[None]:
+def _locked_here(run: Place) -> Iterator[_Lock]:
     """Be the one process of this machine; the system lets go however the process ends."""
     path = run.path.with_name(f".{run.path.name}.lock")
     try:
@@ -116,15 +124,20 @@ def _locked_here(run: Place) -> Iterator[None]:
     except OSError as err:
         raise cannot_write(path, err) from err
     with file:
+        is_held = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            file.seek(0)
-            raise _is_written(run, file.read() or "another process") from err
+        except BlockingIOError:
+            is_held = True
+        file.seek(0)
+        holder, _, last_token = file.read().partition("\n")
+        if is_held:
+            raise _is_written(run, holder or "another process")
+        lock = _Lock(secrets.token_hex(16), last_token)
         file.truncate(0)
-        file.write(_myself())
+        file.write(f"{_myself()}\n{lock.token}")
         file.flush()
-        yield
+        yield lock
 
 
 @dataclass(frozen=True)
@@ -253,15 +266,20 @@ def honours_conditions(run: Place) -> bool:
         store.delete(name)
 
 
-def _given_up(run: Place, renew_seconds: float, lease_seconds: float) -> Seen | None:
+def _given_up(
+    run: Place, last_token: str, renew_seconds: float, lease_seconds: float
+) -> Seen | None:
     """The lease as its last holder left it; None if there was none.
+
+    Args:
+        last_token: of the holder that was here before, and is no more.
 
     Raises:
         InterruptedRun: its holder lives.
     """
     slot = _Slot(run)
     first = slot.read()
-    if first is None or first.claim.released:
+    if first is None or first.claim.released or first.claim.token == last_token:
         return first
     log.info("%s was not given back by %s: looking if that lives", run, first.claim.holder)
     since = time.monotonic()
