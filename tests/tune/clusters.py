@@ -1,13 +1,18 @@
 """Ray clusters of a test's own, on this machine, and what is left on them."""
 
+import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
+
+MARK = "TLRUNNER_TEST_MARK"  # in the environment of what a test starts, and so of all below it
 
 # Services of Ray's own: one of each for a node, and one for a cluster that Ray Train was used on.
 SERVICES = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_Autoscaling")
@@ -16,17 +21,34 @@ SERVICES = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_A
 @contextmanager
 def nodes_of(*num_cpus: int) -> Iterator[str]:
     """A cluster whose nodes, the head first, have so many CPUs; gives its address."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus[0]})
-    try:
-        for cpus in num_cpus[1:]:
-            cluster.add_node(num_cpus=cpus)
-        yield cluster.address
-    finally:
-        cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(MARK, secrets.token_hex(8))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus[0]})
+        try:
+            for cpus in num_cpus[1:]:
+                cluster.add_node(num_cpus=cpus)
+            yield cluster.address
+        finally:
+            cluster.shutdown()
+
+
+def marked_processes(mark: str) -> list[Path]:
+    """Entries in /proc of what was started, however indirectly, with this mark."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(entry)
+        except OSError:
+            continue  # it ended meanwhile
+    return found
 
 
 def left_behind(address: str, num_cpus: int, within_seconds: float) -> list[str]:
-    """What is still there of jobs that ended: CPUs in use, placement groups, processes."""
+    """What is still there of jobs that ended: CPUs in use, placement groups, processes.
+
+    To be asked of a cluster of `nodes_of`, while it is there.
+    """
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     try:
         deadline = time.monotonic() + within_seconds
@@ -49,9 +71,15 @@ def _left(num_cpus: int) -> list[str]:
 def _workers() -> list[str]:
     """Titles of processes of Ray's that run something of a job's."""
     titles = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in marked_processes(os.environ[MARK]):
         try:
-            title = process.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            title = (
+                (process / "cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
         except OSError:
             continue  # it ended just now
         if title.startswith("ray::") and not title.startswith(SERVICES):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters import MARK, marked_processes
 
 import tlrunner
 from tlrunner.cli import run_job
@@ -28,7 +29,6 @@ SPACE = {
     "freeze.num_stages": {"randint": [1, 3], "when": {"freeze.strategy": "last_stages"}},
     "optim.lr": {"loguniform": [1e-4, 1e-2]},
 }
-MARK = "TLRUNNER_TEST_MARK"
 MANY = 100  # epochs, so that a trial is under way for some seconds
 Search = Callable[..., int]
 
@@ -249,18 +249,6 @@ def test_halving_stops_the_worst_and_says_so(search: Search, runs: Path) -> None
     assert rows[0]["optim.lr"] == "0.001"
     assert rows[0]["epochs_run"] == "6"
     assert all(int(row["epochs_run"]) < 6 for row in rows if row["state"] == "stopped")
-
-
-def marked_processes(mark: str) -> list[int]:
-    """Processes that were started, however indirectly, with this mark in their environment."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{MARK}={mark}".encode() in entry.read_bytes().split(b"\0"):
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue  # it ended meanwhile
-    return found
 
 
 def interrupt(flags: list[str], mark: str, signum: signal.Signals, log: Path) -> int:
