@@ -85,7 +85,8 @@ def kill_driver(search: Search, place: Ground, chance: random.Random) -> str:
 
 
 def terminate_driver(search: Search, place: Ground, chance: random.Random) -> str:
-    training, struck_at = search.training(), time.monotonic()
+    training = [trial_id for trial_id, trial in search.trials.items() if trial.was_training]
+    struck_at = time.monotonic()
     search.process.terminate()
     search.wait(lambda: not search.is_running, 30)
     seconds = time.monotonic() - struck_at
@@ -244,7 +245,8 @@ def besiege(place: Ground, name: str, faults: list[str], seed: int, verdict: Ver
         kind, num_broken = faults.pop(0), len(search.broken)
         search.strike(kind)
         followed = FAULTS[kind](search, place, chance)
-        since, starts_anew = time.monotonic(), kind in STARTS_ANEW
+        since = search.over_at = time.monotonic()
+        starts_anew = kind in STARTS_ANEW
         is_training = trains(search, since, starts_anew)
         seconds = time.monotonic() - search.fault_at
         lines = [

@@ -114,7 +114,7 @@ class Search:
         self.checkpoint_seconds = tree["train"]["checkpoint_seconds"]
         self.command = [sys.executable, str(JOB), *flags]
         self.kind = "none"
-        self.fault_at = self.moved_at = self.born_at = time.monotonic()
+        self.fault_at = self.over_at = self.moved_at = self.born_at = time.monotonic()
         self.num_starts = 0
         self.broken: list[str] = []  # promises
         self.is_killed = False  # from here, so that its end is no news
@@ -268,8 +268,11 @@ class Search:
 
     # -- What is promised --------------------------------------------------------------------------
     def training(self) -> list[str]:
-        """The trials that have left a checkpoint since the latest fault, and did not end."""
-        since = max(self.fault_at, self.outputs[self.process.pid][1]) + LINGER_SECONDS
+        """The trials that have left a checkpoint since the latest fault was over, and did not end.
+
+        One that left it while a fault lasts, such as a full disk, may have ended of that fault.
+        """
+        since = max(self.over_at, self.outputs[self.process.pid][1]) + LINGER_SECONDS
         return [
             trial_id
             for trial_id, trial in self.trials.items()

@@ -1,5 +1,7 @@
 """`tlrunner submit` but for the cluster: what it would send, where to, and what it makes of it."""
 
+import re
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -97,7 +99,7 @@ def test_a_head_that_is_still_starting_is_waited_for(monkeypatch, tmp_path, num_
     monkeypatch.setattr(submission, "AGAIN_SECONDS", 0.0)
     monkeypatch.setattr(submission, "JobSubmissionClient", lambda *_, **__: Starting())
     door = Door(lambda: nullcontext("http://h:1"), None)
-    assert submission.submit(door, "python job.py", tmp_path, "first") == "first"
+    submission.submit(door, "python job.py", tmp_path, "first")
     assert not refusals
 
 
@@ -131,6 +133,28 @@ def test_a_cluster_that_is_gone_ends_the_following(monkeypatch):
     monkeypatch.setattr(submission, "JobSubmissionClient", no_client)
     with pytest.raises(ResourceError, match="job first may go on: ray job logs --follow first"):
         follow(Door(lambda: nullcontext("http://h:1"), None), "first", print)
+
+
+@pytest.mark.parametrize(
+    ("ends_in", "signum", "says"),
+    [
+        ("follow", signal.SIGINT, "goes on; ray job logs --follow "),
+        ("follow", signal.SIGHUP, "goes on; ray job logs --follow "),
+        ("submit", signal.SIGINT, "may have been submitted: ray job status "),
+    ],
+)
+def test_ctrl_c_and_a_terminal_that_closes_leave_the_job_and_say_its_name(
+    monkeypatch, capsys: Captured, ends_in, signum, says
+):
+    def ended(*_: object) -> None:
+        signal.raise_signal(signum)
+
+    for name in ("submit", "follow"):
+        monkeypatch.setattr(submission, name, ended if name == ends_in else lambda *_: None)
+    before = signal.getsignal(signal.SIGHUP)
+    assert main(["submit", str(ROOT / "jobs" / "tune_flowers.py")]) == 130
+    assert signal.getsignal(signal.SIGHUP) is before
+    assert re.search(rf"job (tune-flowers-\w+) {says}\1", capsys.readouterr().out)
 
 
 def test_the_config_file_goes_by_its_place_in_the_repository(monkeypatch):
@@ -188,17 +212,11 @@ def test_help_needs_neither_torch_nor_ray():
     assert subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT).returncode == 0
 
 
-def test_ctrl_c_ends_the_following_and_not_the_job(monkeypatch, capsys: Captured):
-    def left(*_: object) -> Ended:
-        raise KeyboardInterrupt
-
-    sent: list[str] = []
-    monkeypatch.setattr(
-        submission, "submit", lambda door, entrypoint, *_: sent.append(entrypoint) or "first"
-    )
-    monkeypatch.setattr(submission, "follow", left)
+def test_what_is_sent_is_the_job_with_its_flags(monkeypatch, capsys: Captured):
+    sent: list[object] = []
+    monkeypatch.setattr(submission, "submit", lambda _door, *asked: sent.extend(asked))
     job = str(ROOT / "jobs" / "tune_flowers.py")
-    assert main(["submit", "--address", "http://h:1", job, "--", "--name", "a b"]) == 130
-    assert sent == ["python jobs/tune_flowers.py --name 'a b'"]
-    assert "job first goes on" in capsys.readouterr().out
-    assert main(["submit", "--address", "http://h:1", "--no-wait", job]) == 0
+    flags = ("--address", "http://h:1", "--id", "first", "--no-wait")
+    assert main(["submit", *flags, job, "--", "--name", "a b"]) == 0
+    assert sent[::2] == ["python jobs/tune_flowers.py --name 'a b'", "first"]
+    assert "job first: python" in capsys.readouterr().out

@@ -24,7 +24,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_are_pulled_pushed_listed_and_verified(tmp_path, capsys: Captured) -> None:
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
     assert main(["weights", "pull", "squeezenet1_1", "--to", here]) == 0
-    assert main(["weights", "push", here, "--to", there]) == 0
+    assert main(["weights", "push", here, "--to", f"{there}/"]) == 0
     assert main(["weights", "push", here, "--to", there]) == 0
     assert main(["weights", "verify", there]) == 0
     assert main(["weights", "list", there]) == 0
@@ -49,6 +49,9 @@ def test_a_wrong_hash_ends_verify_with_73(tmp_path, capsys: Captured) -> None:
 def test_an_empty_place_and_a_wrong_name_say_so(tmp_path, capsys: Captured) -> None:
     assert main(["weights", "list", str(tmp_path / "none")]) == 0
     assert "nothing is staged at" in capsys.readouterr().out
+    for words in (["verify"], ["push", "--to", str(tmp_path / "there")]):
+        assert main(["weights", *words, str(tmp_path / "none")]) == 73
+        assert f"nothing is staged at {tmp_path / 'none'}" in capsys.readouterr().err
     assert main(["weights", "pull", "squeezenet9", "--to", str(tmp_path)]) == 64
     assert "there is no such backbone" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="64"):

@@ -3,10 +3,12 @@
 import argparse
 import os
 import re
+import secrets
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ from rich.console import Console
 
 from tlrunner.errors import ConfigError
 from tlrunner.jobconfig import NAME_PATTERN
+from tlrunner.signals import interrupted
 from tlrunner.tools.bundle import Bundle, bundle_of
 from tlrunner.tools.kube import DASHBOARD_PORT, NAMESPACE, Kubectl, find_cluster
 
@@ -65,16 +68,26 @@ def run(flags: argparse.Namespace, out: Console) -> int:
 
     job = flags.job.resolve().relative_to(bundle.root)
     entrypoint = shlex.join(["python", job.as_posix(), *flags_of_job])
-    with TemporaryDirectory(prefix="tlrunner-submit-") as directory:
-        bundle.copy_to(Path(directory))
-        job_id = submit(door, entrypoint, Path(directory), flags.id)
+    job_id = flags.id or f"{job.stem.replace('_', '-')}-{secrets.token_hex(4)}"
+    try:
+        with TemporaryDirectory(prefix="tlrunner-submit-") as directory, _ended_by_hangup():
+            bundle.copy_to(Path(directory))
+            submit(door, entrypoint, Path(directory), job_id)
+    except KeyboardInterrupt:
+        out.print(
+            f"job {job_id} may have been submitted: ray job status {job_id} says so, and with "
+            f"--id {job_id} it is not submitted twice",
+            soft_wrap=True,
+        )
+        return LEFT_CODE
     new = f", {len(bundle.new)} of them not committed yet" if bundle.new else ""
     size = f"{len(bundle.files)} files{new}, {bundle.num_bytes / 2**20:.1f} MiB"
     out.print(f"job {job_id}: {entrypoint} ({size})", soft_wrap=True)
     if flags.no_wait:
         return 0
     try:
-        ended = follow(door, job_id, _show)
+        with _ended_by_hangup():
+            ended = follow(door, job_id, _show)
     except KeyboardInterrupt:
         out.print(
             f"job {job_id} goes on; ray job logs --follow {job_id} shows more of it, "
@@ -84,6 +97,18 @@ def run(flags: argparse.Namespace, out: Console) -> int:
         return LEFT_CODE
     out.print(f"job {job_id} ended with {ended.exit_code}: {ended.message}", soft_wrap=True)
     return ended.exit_code
+
+
+@contextmanager
+def _ended_by_hangup() -> Iterator[None]:
+    """Inside, a terminal that closes is as Ctrl-C, so that a forwarded port is closed with it."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, interrupted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _show(text: str) -> None:

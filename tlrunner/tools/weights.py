@@ -19,11 +19,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     pull = verbs.add_parser("pull", help="fetch from their hub what is not staged yet")
     pull.add_argument("names", nargs="+", metavar="BACKBONE[:WEIGHTS]", help="e.g. resnet50")
     push = verbs.add_parser("push", help="copy what is staged to another place")
-    push.add_argument("source", metavar="URI", help="where it is staged")
+    push.add_argument("source", type=_uri, metavar="URI", help="where it is staged")
     for verb in (pull, push):
-        verb.add_argument("--to", metavar="URI", required=True, help="a directory or s3:// prefix")
+        where = "a directory or s3:// prefix"
+        verb.add_argument("--to", type=_uri, metavar="URI", required=True, help=where)
     for name, what in (("list", "show what is staged"), ("verify", "read it and compare hashes")):
-        verbs.add_parser(name, help=what).add_argument("uri", metavar="URI")
+        verbs.add_parser(name, help=what).add_argument("uri", type=_uri, metavar="URI")
+
+
+def _uri(text: str) -> str:
+    return text.rstrip("/") or text
 
 
 def run(flags: argparse.Namespace, out: Console) -> int:

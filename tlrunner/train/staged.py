@@ -72,7 +72,7 @@ def local_copy(config: BackboneConfig, cache_dir: str | Path) -> Path | None:
     staged = _wanted(config) if config.weights_uri else None
     if staged is None:
         return None
-    uri = f"{config.weights_uri}/{staged.name}/{TENSORS}"
+    uri = f"{str(config.weights_uri).rstrip('/')}/{staged.name}/{TENSORS}"
     if "://" not in uri:
         return fetch(uri, cache_dir, staged.sha256)
     with locked(local_path(cache_dir) / "fetched" / f".{sha256_text(uri)[:32]}.lock"):
@@ -110,10 +110,10 @@ def push(source: str, uri: str) -> Iterator[tuple[Staged, bool]]:
     """Copy what is staged at one URI to another; yields each, and whether it was there before.
 
     Raises:
-        StorageError: a place fails, or what is read is not what was staged.
+        StorageError: nothing is staged there, a place fails, or what is read is not as staged.
     """
     store = open_store(uri)
-    for staged in staged_weights(source):
+    for staged in _some_staged(source):
         if there := _record(store, staged.name):
             if there != staged:
                 raise StorageError(
@@ -134,16 +134,27 @@ def verify(uri: str) -> Iterator[tuple[Staged, str]]:
     """Read all that is staged at a URI; yields each, and what is wrong with it, or "".
 
     Raises:
-        StorageError: the place cannot be read.
+        StorageError: the place cannot be read, or nothing is staged there.
     """
     store = open_store(uri)
-    for staged in staged_weights(uri):
+    for staged in _some_staged(uri):
         try:
             _checked(store, staged)
         except StorageError as err:
             yield staged, str(err)
         else:
             yield staged, ""
+
+
+def _some_staged(uri: str) -> list[Staged]:
+    staged = staged_weights(uri)
+    if not staged:
+        raise StorageError(
+            f"nothing is staged at {uri}",
+            "a place that tlrunner weights pull or push wrote to",
+            "check its spelling",
+        )
+    return staged
 
 
 def _wanted(config: BackboneConfig) -> Staged | None:

@@ -66,8 +66,8 @@ class Ended:
     message: str
 
 
-def submit(door: Door, entrypoint: str, directory: Path, job_id: str | None) -> str:
-    """Start a command in a copy of a directory; gives the job's id.
+def submit(door: Door, entrypoint: str, directory: Path, job_id: str) -> None:
+    """Start a command in a copy of a directory, as the job of an id.
 
     A head that is still starting is waited for.
 
@@ -79,12 +79,12 @@ def submit(door: Door, entrypoint: str, directory: Path, job_id: str | None) -> 
     with door.client() as client:
         while True:
             try:
-                submitted: str = client.submit_job(
+                client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=job_id,
                     runtime_env={"working_dir": str(directory)},
                 )
-                return submitted
+                return
             except RuntimeError as err:
                 if "already exists" in str(err):
                     raise ConfigError(
