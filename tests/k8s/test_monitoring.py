@@ -16,6 +16,7 @@ PREFIXES = {  # whose a metric is -> where the installed Ray names it
 OTHERS = {  # metrics of others, by their documentation
     "up",
     "kube_pod_container_status_terminated_reason",
+    "kube_pod_status_phase",
     "kube_resourcequota",
     "kuberay_job_deployment_status",
 }

@@ -93,3 +93,10 @@ def test_prod_reaches_the_api_server_in_its_subnets_alone() -> None:
     policies = of_kind(build("prod-eks"), "NetworkPolicy")
     assert not reaches(policies, HEAD, Place(address="192.168.1.1"), 443)
     assert not reaches(policies, HEAD, API_SERVER, 6443)
+    assert reaches(policies, HEAD, Place(address="172.20.0.1"), 443)
+
+
+def test_one_machine_reaches_the_api_server_where_its_kind_has_it() -> None:
+    policies = of_kind(build("single-node-gpu"), "NetworkPolicy")
+    for port in (443, 6443, 8443, 16443):
+        assert reaches(policies, HEAD, Place(address="192.168.49.2"), port)
