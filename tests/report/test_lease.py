@@ -1,5 +1,6 @@
 """Who may write a run: one process at a time, and nothing that an earlier one left running."""
 
+import errno
 import json
 import logging
 import pickle
@@ -131,6 +132,17 @@ def test_a_run_whose_holder_failed_is_free_at_once(run: Place) -> None:
         raise ZeroDivisionError
     with held(run) as lease:
         assert lease.fence.number == 2
+
+
+def test_a_file_system_without_locks_is_named(
+    local: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", none)
+    with pytest.raises(StorageError, match="cannot be written: No locks available"):
+        quickly(local).__enter__()
 
 
 def test_a_lease_that_is_none_is_named(run: Place) -> None:

@@ -214,3 +214,16 @@ def test_trials_are_ranked_by_accuracy_then_loss_then_id(
 
 def test_a_run_without_trials_has_no_records(tmp_path: Path) -> None:
     assert RunDir(tmp_path, "").records() == []
+
+
+def test_a_run_that_was_finished_meanwhile_is_not_begun_again(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    run = find_run(job, job.output, "tune")
+    (begin(job).path / "_SUCCESS").write_text("{}")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(InterruptedRun, match="was just finished by another process"):
+        begun_run(run, job, "abc").__enter__()
+    lease = run.path / ".lease.json"
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert before.pop(lease) != after.pop(lease)
+    assert before == after

@@ -70,6 +70,13 @@ def test_an_attempt_is_never_used_twice(tmp_path: Path) -> None:
 def test_the_tenth_attempt_comes_after_the_ninth(tmp_path: Path) -> None:
     names = [write_checkpoint(tmp_path, 8, {}, {}).name for _ in range(12)]
     assert names == [f"00000008-{attempt}" for attempt in range(12)]
+    assert [path.name for path in others(tmp_path, None)] == names, "in the order of their numbers"
+
+
+def test_no_two_turns_use_a_name(tmp_path: Path) -> None:
+    here = [write_checkpoint(tmp_path / "here", 8, {}, {}, turn=1).name for _ in range(2)]
+    elsewhere = write_checkpoint(tmp_path / "elsewhere", 8, {}, {}, turn=2).name
+    assert [*here, elsewhere] == ["00000008-100", "00000008-101", "00000008-200"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -4,11 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from s3_servers import Bucket
 
 from tlrunner.config import TrainConfig, TrialConfig
 from tlrunner.errors import StorageError
+from tlrunner.train.checkpoint import committed, verify_commit, write_checkpoint
+from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialDir, TrialRecord
 
 WriteTrial = Callable[..., TrialConfig]
@@ -96,3 +100,27 @@ def test_a_config_that_is_torn_is_not_read(tmp_path: Path, write_trial: WriteTri
     path.write_text(path.read_text()[:-5])
     with pytest.raises(StorageError, match=r"config\.json cannot be read"):
         TrialDir(tmp_path).read()
+
+
+@pytest.mark.slow
+def test_the_weights_of_the_best_epoch_are_kept_without_a_look_at_any(
+    moto_bucket: Bucket, tiny_trial: TrialConfig, tmp_path: Path
+) -> None:
+    uri = f"{moto_bucket.uri}/trials/0000-abcdef"
+    trial = TrialDir(Place(tmp_path / "there" / "0000-abcdef", uri))
+    trial.begin(tiny_trial)
+    for step in (4, 8):
+        some = {"weight": torch.ones(3)}
+        trial.keep(write_checkpoint(trial.checkpoints, step, some, {}, training_state=some))
+    trial.append(replace(REPORT, checkpoint="00000004-0"))
+
+    here = TrialDir(Place(tmp_path / "here" / "0000-abcdef", uri))
+    here.place.fetch(without_suffix=".safetensors")
+    here.keep_weights()
+    assert not list(here.path.rglob("*.safetensors"))
+    here.place.fetch()
+    (checkpoint,) = here.checkpoints.iterdir()
+    assert checkpoint.name == "00000004-0"
+    assert sorted(committed(checkpoint)) == ["state.json", "trainable.safetensors"]
+    assert not (checkpoint / "state.safetensors").exists()
+    verify_commit(checkpoint)

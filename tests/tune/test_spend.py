@@ -55,7 +55,7 @@ def test_a_search_is_over_when_its_budget_is_spent_and_not_before(
     clock: Clock, budget: dict[str, Any], resources: dict[str, Any], seconds: float
 ) -> None:
     spending = spending_of({"budget": budget}, resources)
-    over = Over(spending, None, Halt(), None)
+    over = Over(spending, None, Halt(), bool, None)
     step(spending, clock, 0, RUNNING, RUNNING)
     step(spending, clock, seconds - 0.5, RUNNING, RUNNING, PENDING, ENDED)
     assert not over.stop_all()
@@ -99,6 +99,6 @@ def test_a_place_is_taken_once(clock: Clock) -> None:
 
 
 def test_a_trial_ends_at_the_most_epochs_it_may_have(clock: Clock) -> None:
-    over = Over(spending_of({}, {}), 3, Halt(), None)
+    over = Over(spending_of({}, {}), 3, Halt(), bool, None)
     assert [over("id", {"epoch": epoch}) for epoch in (1, 2, 3)] == [False, False, True]
-    assert not Over(spending_of({}, {}), None, Halt(), None)("id", {"epoch": 99})
+    assert not Over(spending_of({}, {}), None, Halt(), bool, None)("id", {"epoch": 99})

@@ -31,7 +31,7 @@ _ABSENT_CODES = ("NoSuchKey", "NotFound", "404")
 _PASSING_CODES = {
     *("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "RequestTimeout"),
     *("InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict"),
-    *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"),
+    *("BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "RequestTimeTooSkewed"),
 }
 _REFUSALS = {
     "AccessDenied": "access denied (or absent, where listing is not allowed either)",
@@ -317,7 +317,7 @@ def _is_absence(err: Exception) -> bool:
 
 
 def _passes(err: Exception) -> bool:
-    """Whether the same request may succeed a moment later."""
+    """Whether the same request may succeed later: a clock is set right, credentials are renewed."""
     from botocore import exceptions as of_botocore
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -331,7 +331,8 @@ def _passes(err: Exception) -> bool:
     on_the_way = (of_botocore.HTTPClientError, of_botocore.ConnectionError, HTTPError)
     half_or_wrong = (of_botocore.IncompleteReadError, of_botocore.FlexibleChecksumError)
     ours = (_WrongBytes, ConnectionError, TimeoutError)
-    return isinstance(err, (*on_the_way, *half_or_wrong, *ours, ResponseParserError))
+    others = (ResponseParserError, of_botocore.CredentialRetrievalError)
+    return isinstance(err, (*on_the_way, *half_or_wrong, *ours, *others))
 
 
 def _in_words(err: Exception) -> str:

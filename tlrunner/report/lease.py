@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from io import FileIO
 from threading import Event, Thread
 from typing import NamedTuple
 
@@ -120,24 +121,31 @@ def _locked_here(run: Place) -> Iterator[_Lock]:
     path = run.path.with_name(f".{run.path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)
     except OSError as err:
         raise cannot_write(path, err) from err
     with file:
-        is_held = False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_held = True
-        file.seek(0)
-        holder, _, last_token = file.read().partition("\n")
-        if is_held:
-            raise _is_written(run, holder or "another process")
-        lock = _Lock(secrets.token_hex(16), last_token)
-        file.truncate(0)
-        file.write(f"{_myself()}\n{lock.token}")
-        file.flush()
+            lock = _locked(file, run)
+        except OSError as err:
+            raise cannot_write(path, err) from err
         yield lock
+
+
+def _locked(file: FileIO, run: Place) -> _Lock:
+    is_held = False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_held = True
+    file.seek(0)
+    holder, _, last_token = file.read().decode(errors="replace").partition("\n")
+    if is_held:
+        raise _is_written(run, holder or "another process")
+    lock = _Lock(secrets.token_hex(16), last_token)
+    file.truncate(0)
+    file.write(f"{_myself()}\n{lock.token}".encode())
+    return lock
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from tlrunner.config import CACHE_DIR, DataConfig
 from tlrunner.configfile import config_hash, shown
-from tlrunner.errors import ConfigError, DataError, StorageError
+from tlrunner.errors import ConfigError, DataError, InterruptedRun, StorageError
 from tlrunner.files import cannot_write, write_json
 from tlrunner.jobconfig import OutputConfig
 from tlrunner.report.identity import TRIAL_ID, Identity, check_inside
@@ -191,14 +191,20 @@ def begun_run(
         The run, and the trials that ended before and are kept.
 
     Raises:
-        InterruptedRun: another process is writing this run; also of what is written under its
-            `place` once another has taken it over.
+        InterruptedRun: another process is writing this run, or has just finished it; also of what
+            is written under its `place` once another has taken it over.
         ConfigError, DataError: it was begun with another config, or on other images.
     """
     if run.is_new:
         run = _made_new(run)
     with held(run.place) as lease:
         run = replace(run, lease=lease)
+        if run.is_finished:  # since it was looked at; nothing may change any more
+            raise InterruptedRun(
+                f"run '{run.path.name}' was just finished by another process",
+                "",
+                "the same command shows it",
+            )
         run.place.fetch()
         _check_same(run, images_sha256)
         content = {

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from tlrunner.errors import InterruptedRun
-from tlrunner.files import append_line, write_text
+from tlrunner.files import append_line, cannot_write, write_text
 from tlrunner.stored import parse_stored, whole_lines
 from tlrunner.train.place import Guard, Place
 
@@ -37,7 +37,10 @@ def note_attempt(trial: Place, event: What, step: int, error: str = "") -> None:
         InterruptedRun: another process has taken over the run.
     """
     trial.checked_fence()
-    trial.path.mkdir(parents=True, exist_ok=True)
+    try:
+        trial.path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise cannot_write(trial.path, err) from err
     append_line(trial.path / ATTEMPTS, json.dumps(asdict(Attempt(event, step, error))))
     trial.save(trial.path / ATTEMPTS)
 

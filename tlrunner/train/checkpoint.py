@@ -27,6 +27,7 @@ TENSORS = "trainable.safetensors"
 STATE = "state.json"
 TRAINING_STATE = "state.safetensors"
 NAME_PATTERN = r"^[0-9]{8,}-[0-9]+$"
+TURN_ATTEMPTS = 100  # the attempts at a step that one turn has
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,20 @@ def write_checkpoint(
     state: Mapping[str, Any],
     training_state: Mapping[str, Tensor] | None = None,
     may_commit: Callable[[], object] = lambda: None,
+    turn: int = 0,
 ) -> Path:
     """Write and commit `parent/<step>-<attempt>/`; an attempt number is never used twice.
 
-    `may_commit`: called once all is written, and raises if it is not to be committed.
+    `may_commit`: called once all is written, and raises if it is not to be committed. `turn`: of
+    the one who writes, whose numbers are no others', as what an earlier one wrote on another node
+    may not be seen here.
 
     Raises:
         StorageError: the disk is full or denies writing.
     """
     attempts = [int(path.name.split("-")[1]) for path in _directories(parent, step)]
-    directory = parent / f"{step:08d}-{max(attempts, default=-1) + 1}"
+    attempt = max([turn * TURN_ATTEMPTS, *(attempt + 1 for attempt in attempts)])
+    directory = parent / f"{step:08d}-{attempt}"
     save_tensors(directory / TENSORS, tensors)
     if training_state is not None:
         save_tensors(directory / TRAINING_STATE, training_state)
@@ -224,4 +229,5 @@ def _directories(parent: Path, step: int | None = None) -> list[Path]:
     pattern = re.compile(NAME_PATTERN if step is None else rf"{step:08d}-[0-9]+")
     if not parent.is_dir():
         return []
-    return sorted(path for path in parent.iterdir() if pattern.fullmatch(path.name))
+    paths = [path for path in parent.iterdir() if pattern.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: tuple(map(int, path.name.split("-"))))

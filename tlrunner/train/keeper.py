@@ -135,8 +135,16 @@ class Keeper:
         }
         step = self.feed.num_steps * self.epoch + num_batches
         trained = self.loop.trained_state()
-        may_commit = record.place.checked_fence
-        directory = write_checkpoint(record.checkpoints, step, trained, state, tensors, may_commit)
+        fence = record.place.fence
+        directory = write_checkpoint(
+            record.checkpoints,
+            step,
+            trained,
+            state,
+            tensors,
+            may_commit=record.place.checked_fence,
+            turn=fence.turn if fence else 0,
+        )
         record.keep(directory)
         self.kept_at = time.monotonic()
         return directory.name

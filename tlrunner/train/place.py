@@ -98,11 +98,12 @@ class Place:
             for name in sorted(names, key=lambda name: (Path(name).name != first, name)):
                 self.store.delete(name)
 
-    def fetch(self, *, without: str = "", last: str = "") -> None:
+    def fetch(self, *, without: str = "", without_suffix: str = "", last: str = "") -> None:
         """Make the working copy hold just what is kept below the URI; each file whole or absent.
 
-        `without`: leave alone what lies in directories of this name, at any depth. `last`: files of
-        this name are fetched after all others.
+        `without`: leave alone what lies in directories of this name, at any depth.
+        `without_suffix`: fetch no file whose name ends so. `last`: files of this name are fetched
+        after all others.
         """
         if not self.uri:
             return
@@ -113,6 +114,8 @@ class Place:
         # What begins with a dot is of those who hold the run or try to, and comes and goes.
         sizes = {name: size for name, size in sizes.items() if not name.startswith(".")}
         wanted = [name for name in sizes if without not in name.split("/")[:-1]]
+        if without_suffix:
+            wanted = [name for name in wanted if not name.endswith(without_suffix)]
         try:
             path.mkdir(parents=True, exist_ok=True)
             for file in [file for file in path.rglob("*") if file.is_file()]:
@@ -185,6 +188,11 @@ class Guard(Protocol):
         """Of the run's holder, if the run is held."""
         ...
 
+    @property
+    def turn(self) -> int:
+        """Which start of a trial it is for, counted from 1; 0 of what is no trial's."""
+        ...
+
     def check(self) -> None:
         """Raises InterruptedRun where another writes there now."""
         ...
@@ -200,6 +208,7 @@ class Fence:
 
     run: Place
     number: int
+    turn: int = 0
 
     def check(self) -> None:
         """Ask the run's lease.

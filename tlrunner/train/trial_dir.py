@@ -34,6 +34,7 @@ from tlrunner.train.checkpoint import (
     NAME_PATTERN,
     STATE,
     TRAINING_STATE,
+    committed,
     later,
     others,
     read_behind,
@@ -163,12 +164,13 @@ class TrialDir:
             self.place.remove(other, first=COMMIT)
 
     def keep_weights(self) -> None:
-        """Keep of all checkpoints the weights of the best epoch."""
+        """Keep of all checkpoints the weights of the best epoch. No tensors are read for it."""
         self.place.checked_fence()
         best = self.read().best
         checkpoint = self.best_checkpoint(best) if best else None
         self.keep_only(checkpoint)
-        if checkpoint and (checkpoint / TRAINING_STATE).exists():
+        is_there = checkpoint and (checkpoint / TRAINING_STATE).exists()
+        if checkpoint and (is_there or TRAINING_STATE in committed(checkpoint)):
             without_training_state(checkpoint)
             self.place.save(checkpoint / COMMIT)
             self.place.drop(checkpoint / TRAINING_STATE)

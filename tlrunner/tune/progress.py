@@ -99,6 +99,10 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         if self.console.is_terminal:
             self.live.stop()
 
+    def has_error(self) -> bool:
+        """Whether the search cannot go on."""
+        return self.error is not None
+
     def config_of(self, trial: Any) -> TrialConfig:
         """The config of Ray's trial as it is now."""
         return self._row(trial).planned.config
@@ -164,20 +168,26 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._row(trial)
-        directory = self._directory(row)
-        row.state = state_of(directory)
-        if row.state == "interrupted" and not self.is_halted():  # the scheduler ended it
-            row.state = "stopped"
-            directory.end("stopped")
-            if not num_last(self.job) and not directory.place.uri:  # else at the search's end
-                directory.keep_weights()
+        try:
+            directory = self._directory(row)
+            row.state = state_of(directory)
+            if row.state == "interrupted" and not self.is_halted():  # the scheduler ended it
+                row.state = "stopped"
+                directory.end("stopped")
+                if not num_last(self.job) and not directory.place.uri:  # else at the search's end
+                    directory.keep_weights()
+        except StorageError as err:  # were it raised, Ray would start the trial again
+            self.error = err
         self._say(row)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         row = self._follow(trial)  # a copy may fail before it starts
         directory = self._directory(row)
         row.state = state_of(directory)
-        if row.state == "interrupted":
+        # Ray tells, too, of a process that died before it took a trial, which then starts elsewhere
+        # or is lost; a population, whose members are no points to run again, gives it up.
+        is_given_up = trial.max_failures == 0 or self.members is not None
+        if row.state == "interrupted" and is_given_up:
             row.state = "failed"
             self._record_death(directory, row.planned)
         self._say(row)

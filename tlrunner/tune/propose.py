@@ -181,8 +181,8 @@ class Proposer(Searcher):  # type: ignore[misc]  # ray is not typed
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        if trial_id in self.numbers:
-            self.points.tell(self.numbers[trial_id], partial(self.record_of, trial_id))
+        if trial_id in self.numbers:  # once, whatever Ray makes of the trial then
+            self.points.tell(self.numbers.pop(trial_id), partial(self.record_of, trial_id))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # likewise

@@ -9,11 +9,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from rich.console import Console
 
+from tlrunner.files import cannot_write
 from tlrunner.jobconfig import JobConfig
 from tlrunner.train.beside import Beside
 from tlrunner.train.demand import demands
@@ -166,7 +168,9 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(ray_dir),
-                stop=Over(spending, job.search.max_epochs, search.is_halted, bell),
+                stop=Over(
+                    spending, job.search.max_epochs, search.is_halted, progress.has_error, bell
+                ),
                 failure_config=tune.FailureConfig(max_failures=-1),  # `Progress` says when it ends
                 callbacks=[NoOtherLines(), spending, progress, *_trackers(search, progress)],
                 verbose=0,
@@ -178,9 +182,13 @@ def _tune(search: Search, points: Points, spending: Spending, console: Console) 
             if progress.error:
                 raise progress.error from err
             search.run.checked_fence()  # which is then why
+            if isinstance(err, OSError):  # of Ray's own files
+                raise cannot_write(Path(err.filename or ray_dir), err) from err
             raise
         finally:
             shutil.rmtree(ray_dir, ignore_errors=True)  # Ray's pickles, which nothing reads again
+    if progress.error:
+        raise progress.error
     if search.is_halted():
         raise KeyboardInterrupt
 
@@ -283,5 +291,5 @@ def _end_trials(trials: Place, kept: int) -> None:
         if state == "interrupted":
             directory.end("stopped")
         if kept or state in ("interrupted", "stopped"):
-            directory.place.fetch()
+            directory.place.fetch(without_suffix=".safetensors")  # none of which is read
             directory.keep_weights()

@@ -88,7 +88,7 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
 
 class Over(tune.Stopper):  # type: ignore[misc]  # ray is not typed
-    """Ends a trial after its last epoch, and the search when its budget is spent.
+    """Ends a trial after its last epoch, and the search when its budget is spent or it has failed.
 
     A search that is halted rings its trials' bell first, and waits for those that run.
     """
@@ -98,11 +98,13 @@ class Over(tune.Stopper):  # type: ignore[misc]  # ray is not typed
         spending: Spending,
         max_epochs: int | None,
         is_halted: Callable[[], bool],
+        has_failed: Callable[[], bool],
         bell: Any,
     ) -> None:
         self.spending = spending
         self.max_epochs = max_epochs
         self.is_halted = is_halted
+        self.has_failed = has_failed
         self.bell = bell
         self.has_rung = False
 
@@ -111,7 +113,7 @@ class Over(tune.Stopper):  # type: ignore[misc]  # ray is not typed
 
     def stop_all(self) -> bool:
         if not self.is_halted():
-            return self.spending.is_over
+            return self.spending.is_over or self.has_failed()
         if not self.has_rung:
             self.bell.ring.remote()
             self.has_rung = True
