@@ -268,10 +268,7 @@ class Search:
 
     # -- What is promised --------------------------------------------------------------------------
     def training(self) -> list[str]:
-        """The trials that have left a checkpoint since the latest fault was over, and did not end.
-
-        One that left it while a fault lasts, such as a full disk, may have ended of that fault.
-        """
+        """The trials that left a checkpoint since the latest fault was over, and did not end."""
         since = max(self.over_at, self.outputs[self.process.pid][1]) + LINGER_SECONDS
         return [
             trial_id

@@ -330,9 +330,8 @@ def _passes(err: Exception) -> bool:
         return "CERTIFICATE" not in str(err)
     on_the_way = (of_botocore.HTTPClientError, of_botocore.ConnectionError, HTTPError)
     half_or_wrong = (of_botocore.IncompleteReadError, of_botocore.FlexibleChecksumError)
-    ours = (_WrongBytes, ConnectionError, TimeoutError)
-    others = (ResponseParserError, of_botocore.CredentialRetrievalError)
-    return isinstance(err, (*on_the_way, *half_or_wrong, *ours, *others))
+    others = (_WrongBytes, ConnectionError, TimeoutError, of_botocore.CredentialRetrievalError)
+    return isinstance(err, (*on_the_way, *half_or_wrong, *others, ResponseParserError))
 
 
 def _in_words(err: Exception) -> str:
