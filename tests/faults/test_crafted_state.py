@@ -72,14 +72,18 @@ def test_a_finished_run_whose_summary_is_another_is_refused(
     train_job: Job, finished: Path, capsys: Captured, content: str
 ) -> None:
     (finished / "summary.json").write_bytes(NO_STATE[content])
+    before = content_of(finished)
     refused(train_job, capsys, str(finished / "summary.json"))
+    assert content_of(finished) == before
 
 
 def test_a_finished_run_without_its_summary_is_refused(
     train_job: Job, finished: Path, capsys: Captured
 ) -> None:
     (finished / "summary.json").unlink()
+    before = content_of(finished)
     refused(train_job, capsys, "summary.json does not read back as it was written")
+    assert content_of(finished) == before
 
 
 @pytest.mark.parametrize(

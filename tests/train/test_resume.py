@@ -130,7 +130,7 @@ def test_a_trial_that_dies_in_any_step_goes_on_to_the_same_end(
     steps: list[int],
 ) -> None:
     config = with_values(tiny_trial, CASES[case])  # four epochs of four steps
-    dies_and_goes_on(config, colour_images, tmp_path, monkeypatch, steps)
+    assert dies_and_goes_on(config, colour_images, tmp_path, monkeypatch, steps) == 16
 
 
 def dies_and_goes_on(
@@ -139,8 +139,8 @@ def dies_and_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     steps: list[int],
-) -> None:
-    """Check that a trial which dies in these steps ends as it does undisturbed."""
+) -> int:
+    """Check that a trial which dies in these steps ends as if it had not. Gives its steps."""
     whole, parts = TrialDir(tmp_path / "whole"), TrialDir(tmp_path / "parts")
     told: list[EpochReport] = []
     with monkeypatch.context() as patched:
@@ -170,6 +170,7 @@ def dies_and_goes_on(
         for directory in (whole, parts)
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+    return len(seen)
 
 
 @pytest.mark.usefixtures("_checkpoints_in_each_step")
@@ -182,7 +183,7 @@ def test_a_trial_of_twenty_steps_that_dies_in_any_of_them_ends_bit_for_bit_the_s
     step: int,
 ) -> None:
     config = with_values(tiny_trial, {"train.epochs": 5})  # of four steps
-    dies_and_goes_on(config, colour_images, tmp_path, monkeypatch, [step])
+    assert dies_and_goes_on(config, colour_images, tmp_path, monkeypatch, [step]) == 20
 
 
 @pytest.mark.usefixtures("_checkpoints_in_each_step")

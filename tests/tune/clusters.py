@@ -73,15 +73,10 @@ def _workers() -> list[str]:
     titles = []
     for process in marked_processes(os.environ[MARK]):
         try:
-            title = (
-                (process / "cmdline")
-                .read_bytes()
-                .replace(b"\0", b" ")
-                .decode(errors="replace")
-                .strip()
-            )
+            words = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue  # it ended just now
+        title = b" ".join(words).decode(errors="replace").strip()
         if title.startswith("ray::") and not title.startswith(SERVICES):
             titles.append(title)
     return titles

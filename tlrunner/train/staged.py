@@ -72,7 +72,7 @@ def local_copy(config: BackboneConfig, cache_dir: str | Path) -> Path | None:
     staged = _wanted(config) if config.weights_uri else None
     if staged is None:
         return None
-    uri = f"{str(config.weights_uri).rstrip('/')}/{staged.name}/{TENSORS}"
+    uri = f"{open_store(str(config.weights_uri)).uri}/{staged.name}/{TENSORS}"
     if "://" not in uri:
         return fetch(uri, cache_dir, staged.sha256)
     with locked(local_path(cache_dir) / "fetched" / f".{sha256_text(uri)[:32]}.lock"):
