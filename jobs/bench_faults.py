@@ -49,17 +49,8 @@ from bench_faults_ground import (
     s3_server,
     write_clock,
 )
-from bench_faults_search import (
-    END,
-    HANG,
-    INTERRUPTED,
-    LATE,
-    LOST,
-    PROMISES,
-    Search,
-    StoppedError,
-    Verdict,
-)
+from bench_faults_search import INTERRUPTED, Search
+from bench_faults_verdict import END, HANG, LATE, LOST, StoppedError, Verdict, print_table
 
 RECOVER_SECONDS = 180.0  # for a trial to train again behind a fault, where it is slow
 AT_ONCE = 3  # searches; most of their time is spent in waiting for something to be noticed
@@ -273,17 +264,6 @@ def trains(search: Search, since: float, starts_anew: bool) -> bool:
         search.process = search.start()
     search.note(LOST, f"given up behind {MOST_STARTS} starts: {search.last_line()}")
     return False
-
-
-def print_table(verdict: Verdict) -> None:
-    columns = ["faults", *PROMISES, "steps redone", "s redone", "s since checkpoint"]
-    print(f"\n{'':8}" + "".join(f"{column:>{len(column) + 2}}" for column in columns))
-    for kind in verdict.faults:
-        most = (verdict.redone_steps, verdict.redone_seconds, verdict.checkpoint_age)
-        counts = [verdict.faults[kind], *(verdict.count(kind, promise) for promise in PROMISES)]
-        cells = [*map(str, counts), *(f"{worst.get(kind, 0):.1f}" for worst in most)]
-        widths = [len(column) + 2 for column in columns]
-        print(f"{kind:8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)))
 
 
 def stop(signum: int, frame: object) -> None:

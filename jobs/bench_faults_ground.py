@@ -6,19 +6,23 @@ proxy that spoils requests; a run on a file system whose size can be changed.
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import boto3
+
+from tlrunner.tune.cluster import REGISTER  # as a local cluster has it, for nodes started here
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # has the one proxy that spoils S3; it needs nothing else
@@ -30,6 +34,7 @@ CHECKPOINT_SECONDS, EPOCHS, NUM_TRIALS = 0.5, 10, 4
 LOOK_SECONDS = 0.2
 MARK = "TLRUNNER_FAULTS"  # environment variable of all processes of a search
 NODE = "TLRUNNER_FAULTS_NODE"  # environment variable of all processes of one node
+
 CLOCK = """
 import datetime, os, time
 import pandas  # its C cannot be imported where datetime is no longer C's own
@@ -158,13 +163,28 @@ def clock_off(place: Ground, seconds: int) -> dict[str, str]:
     return {"PYTHONPATH": path, "TLRUNNER_CLOCK": str(seconds)}
 
 
+def ray_warnings(environment: Mapping[str, str], seconds: float, most: int = 20) -> list[str]:
+    """What nodes and heads below a temporary directory of Ray's have complained of lately."""
+    since = f"[{datetime.now() - timedelta(seconds=seconds):%Y-%m-%d %H:%M:%S}"
+    logs = Path(environment["RAY_TMPDIR"]).glob("ray/session_2*/logs/*.out")
+    lines = [
+        line
+        for path in logs
+        if path.name.startswith(("raylet", "gcs_server"))
+        for line in path.read_text(errors="replace").splitlines()
+        if line > since and re.match(r"\[[^]]* [WEC] ", line)
+    ]
+    return sorted(lines)[-most:]
+
+
 @contextmanager
 def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
     """One of local, workers, cluster, s3, disk; no process of it is left behind."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     mark = f"{os.getpid()}-{name}-{number}"
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_ADDRESS": "local"}
-    environment |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", MARK: mark}
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    environment |= {"RAY_ADDRESS": "local"}
+    environment |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", MARK: mark, **REGISTER}
     place = Ground(name, root, {**kept, **environment}, str(root / f"{name}-{number}"))
     with ExitStack() as held:
         try:

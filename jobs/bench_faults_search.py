@@ -10,17 +10,29 @@ import hashlib
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
-from bench_faults_ground import LOOK_SECONDS, MARK, ROOT, processes
+from bench_faults_ground import LOOK_SECONDS, MARK, ROOT, processes, ray_warnings
+from bench_faults_verdict import (
+    END,
+    FALSE,
+    HANG,
+    LATE,
+    LOST,
+    REDONE,
+    TWICE,
+    StoppedError,
+    Verdict,
+    worst,
+)
 
 from tlrunner.data.fetch import open_store
 from tlrunner.errors import StorageError
@@ -29,11 +41,8 @@ JOB = ROOT / "jobs" / "tune_flowers.py"
 HANG_SECONDS = 60.0
 LINGER_SECONDS = 3.0  # that a trial may go on for when its search was killed
 TOLERANCE_SECONDS = 5.0  # for a checkpoint to be written, on a machine that does more
+CALL = re.compile(r'File "(.+)", line (\d+) in (\w+)')
 COMMITTED = re.compile(r"(?P<trial>[^/]+)/checkpoints/(?P<step>\d+)-\d+/COMMIT\.json")
-# What is promised, and what it is called where it was not kept.
-LOST, TWICE, FALSE, HANG = "lost", "run twice", "false success", "hang"
-REDONE, LATE, END = "redone", "no checkpoint", "wrong end"
-PROMISES = (LOST, TWICE, FALSE, HANG, REDONE, LATE, END)
 # How a command may end by itself behind a fault, beside with 0: the same command goes on.
 STORAGE, INTERRUPTED = 73, 75
 ENDS = {
@@ -42,25 +51,6 @@ ENDS = {
     "storage": {STORAGE, INTERRUPTED},
     "disk": {STORAGE, INTERRUPTED},
 }
-
-
-class StoppedError(Exception):
-    """No more faults are wanted."""
-
-
-@dataclass
-class Verdict:
-    """What followed of each kind of fault, over all searches."""
-
-    is_over: Event = field(default_factory=Event)  # ends searches that are under way
-    faults: Counter[str] = field(default_factory=Counter)
-    broken: list[tuple[str, str, str]] = field(default_factory=list)  # kind, promise, what was seen
-    redone_steps: dict[str, float] = field(default_factory=dict)  # the most of a kind
-    redone_seconds: dict[str, float] = field(default_factory=dict)
-    checkpoint_age: dict[str, float] = field(default_factory=dict)
-
-    def count(self, kind: str, promise: str) -> int:
-        return sum(broken[:2] == (kind, promise) for broken in self.broken)
 
 
 @dataclass
@@ -150,6 +140,21 @@ class Search:
         self.process.wait()
         self.is_killed = True
 
+    def _end_where_it_is(self) -> str:
+        """Kill a command that hangs; gives the calls it was in, and what Ray said meanwhile."""
+        num_bytes = len(self._output())
+        running = processes(MARK, self.environment[MARK]).values()
+        titles = ", ".join(sorted(title for title in running if title.startswith("ray::")))
+        self.process.send_signal(signal.SIGABRT)  # prints the stacks of its threads
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        self.kill()
+        said = ray_warnings(self.environment, HANG_SECONDS)
+        told = self._output()[num_bytes:].decode(errors="replace")
+        stack = told.partition("Current thread")[2].partition("\n\n")[0]
+        calls = [f"{Path(path).name}:{line} {name}" for path, line, name in CALL.findall(stack)]
+        return "".join(f"\n    {line}" for line in [" < ".join(calls), titles, *said])
+
     def pids(self, title: str) -> list[int]:
         """Of this search's processes with something in their command line."""
         found = processes(MARK, self.environment[MARK])
@@ -179,8 +184,8 @@ class Search:
             if not was_running or time.monotonic() > deadline:
                 return False
             if time.monotonic() - self.moved_at > HANG_SECONDS:
-                self.note(HANG, f"nothing new for {HANG_SECONDS:.0f} s after {self.last_line()!r}")
-                self.kill()
+                text = f"nothing new for {HANG_SECONDS:.0f} s after {self.last_line()!r}"
+                self.note(HANG, f"{text}{self._end_where_it_is()}")
                 return False
             time.sleep(LOOK_SECONDS)
         raise StoppedError
@@ -343,7 +348,3 @@ class Search:
         """What is told of the trials that failed."""
         rows = csv.DictReader(open_store(self.uri).read("leaderboard.csv").decode().splitlines())
         return ", ".join(f"{r['trial_id']}: {r['detail']}" for r in rows if r["state"] == "failed")
-
-
-def worst(values: dict[str, float], kind: str, value: float) -> None:
-    values[kind] = max(values.get(kind, 0.0), value)

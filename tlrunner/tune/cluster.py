@@ -34,6 +34,9 @@ RAY_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# A process that dies while it starts is missed only then; Ray's own setting is a minute, in which a
+# node of one CPU starts no other. Of a local cluster, and where the user has set nothing.
+REGISTER = {"RAY_worker_register_timeout_seconds": "30"}
 GONE_SECONDS, LOOK_SECONDS = 30.0, 3.0  # Ray itself waits for its head for a minute
 AWS_SECRETS = {
     "AWS_ACCESS_KEY_ID",
@@ -52,7 +55,7 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
     Raises:
         ResourceError: there is one, and it cannot be reached.
     """
-    os.environ.update(RAY_SETTINGS)
+    os.environ.update(REGISTER | os.environ | RAY_SETTINGS)
     # Tune would hand these on to trials, and Ray write them to its logs. Nodes have their own.
     ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
     on_sigterm = signal.getsignal(signal.SIGTERM)
