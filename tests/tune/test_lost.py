@@ -13,6 +13,7 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import TrialDir
 from tlrunner.tune import search as module
+from tlrunner.tune.members import Member, Members, kept_members
 from tlrunner.tune.propose import ListedPoints, Points
 from tlrunner.tune.search import MOST_ROUNDS, Search
 from tlrunner.tune.space import trial_at
@@ -50,6 +51,38 @@ def rounds(
     spending: Any = SimpleNamespace(is_over=is_over)
     module._run(search, ListedPoints(POINTS), spending, Console())
     return seen
+
+
+def test_a_lost_member_of_a_population_goes_on_as_what_it_had_become(
+    tiny_tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {"scheduler": "pbt", "perturbation_epochs": 1, "budget": {"num_trials": 2}}
+    tree["space"] = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
+    job = validate(JobConfig, {**tiny_tree, "search": tree})
+    search = Search(job, 2, 0.0, Place(tmp_path), images=None, is_halted=lambda: False)  # type: ignore[arg-type]
+    copy = Member(1, {"optim.lr": 0.3}, ("0000-abcdef", 1, "00000004-0"))
+    seen: list[list[Member]] = []
+
+    def tuned(search: Search, points: Points, *_: object) -> None:
+        population = module._population(search, points)
+        seen.append(population)
+        members = Members(search.run, population)
+        for member in population:
+            directory = TrialDir(search.trials.below(member.planned(job).trial_id))
+            directory.begin(member.planned(job).config)
+            if member.index == 0 or len(seen) == 3:
+                directory.end("completed")
+            elif len(seen) == 1:
+                directory.end("stopped", "gave way")
+                members.become(copy)
+
+    monkeypatch.setattr(module, "_tune", tuned)
+    spending: Any = SimpleNamespace(is_over=False)
+    module._run(search, ListedPoints(POINTS), spending, Console())
+    assert seen == [[Member(*point) for point in POINTS], [copy], [copy]]
+    trials = [TrialDir(path).read() for path in search.trials.path.iterdir()]
+    assert sorted(trial.state for trial in trials) == ["completed", "completed", "stopped"]
+    assert {member.index for member in kept_members(search.run)} == {0, 1}
 
 
 def states(search: Search) -> dict[int, str]:

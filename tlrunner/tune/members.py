@@ -48,8 +48,9 @@ class Members:
     """The members of a population, kept as they are."""
 
     def __init__(self, run: Place, members: Iterable[Member]) -> None:
+        """`members`: those that go on; others that are kept already stay as they are."""
         self.run = run
-        self.by_index = {member.index: member for member in members}
+        self.by_index = {member.index: member for member in [*kept_members(run), *members]}
         self._save()
 
     def become(self, member: Member) -> None:

@@ -185,9 +185,8 @@ class Progress(tune.Callback):  # type: ignore[misc]  # ray is not typed
         directory = self._directory(row)
         row.state = state_of(directory)
         # Ray tells, too, of a process that died before it took a trial, which then starts elsewhere
-        # or is lost; a population, whose members are no points to run again, gives it up.
-        is_given_up = trial.max_failures == 0 or self.members is not None
-        if row.state == "interrupted" and is_given_up:
+        # or is lost.
+        if row.state == "interrupted" and trial.max_failures == 0:
             row.state = "failed"
             self._record_death(directory, row.planned)
         self._say(row)

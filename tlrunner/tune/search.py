@@ -31,7 +31,7 @@ from tlrunner.tune.propose import Asked, ListedPoints, OptunaPoints, Points, Pro
 from tlrunner.tune.rank import with_best_backbones
 from tlrunner.tune.repeats import candidates, repeats_of
 from tlrunner.tune.schedule import build_scheduler, num_last
-from tlrunner.tune.space import Point, iter_points, num_trials_of, planned_trials, trial_at
+from tlrunner.tune.space import Point, iter_points, num_trials_of, planned_trials
 from tlrunner.tune.spend import Over, Spending
 from tlrunner.tune.tracking import trackers
 from tlrunner.tune.trainable import Trials, build_trainable
@@ -117,26 +117,24 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
         lost = [] if spending.is_over else _lost(search, asked.points)
         if not lost:
             break
-        asked = Asked(ListedPoints(lost))
+        asked = Asked(ListedPoints((member.index, member.point) for member in lost))
         _tune(search, asked, spending, console)
     else:
         _fail_lost(search, [] if spending.is_over else _lost(search, asked.points))
     _end_trials(search.trials, num_last(search.job))
 
 
-def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[tuple[int, Point]]:
+def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[Member]:
     """Those of which Ray lost the trial: it neither ended nor failed."""
-    if search.job.search.scheduler == "pbt":
-        return []  # where a point is no trial
+    members = _kept_members(search) or [Member(*point) for point in points]
     search.trials.fetch(without=CHECKPOINTS)
-    states = {d.path.name: d.read().state for d in _begun(search.trials)}
-    of_trials = [(p, trial_at(search.job, *p).trial_id) for p in points]
-    return [p for p, trial_id in of_trials if states.get(trial_id, "interrupted") == "interrupted"]
+    ended = {d.path.name for d in _begun(search.trials) if d.read().state != "interrupted"}
+    return [m for m in members if m.planned(search.job).trial_id not in ended]
 
 
-def _fail_lost(search: Search, points: Sequence[tuple[int, Point]]) -> None:
-    for point in points:
-        planned = trial_at(search.job, *point)
+def _fail_lost(search: Search, members: Sequence[Member]) -> None:
+    for member in members:
+        planned = member.planned(search.job)
         directory = TrialDir(search.trials.below(planned.trial_id))
         directory.give_up(planned.config, f"Ray lost it {MOST_ROUNDS + 1} times")
 
@@ -213,10 +211,13 @@ def _proposed(
 
 
 def _population(search: Search, points: Points) -> list[Member]:
-    """The members that are to go on: all of them, of a run that begins."""
-    members = kept_members(search.run) or [Member(*point) for point in iter(points.ask, None)]
-    ended = {record.trial_id for record in search.ended}
-    return [m for m in members if m.planned(search.job).trial_id not in ended]
+    """The members that begin at some points, or go on as what they have become."""
+    kept = {member.index: member for member in _kept_members(search)}
+    return [kept.get(index) or Member(index, point) for index, point in iter(points.ask, None)]
+
+
+def _kept_members(search: Search) -> list[Member]:
+    return kept_members(search.run) if search.job.search.scheduler == "pbt" else []
 
 
 def _of_population(search: Search, members: Sequence[Member], progress: Progress) -> dict[str, Any]:
@@ -267,6 +268,10 @@ def _points(
         records = [directory.read() for directory in _begun(search.trials)]
         broken_off = [r for r in records if r.state == "interrupted" and is_own(r)]
         return OptunaPoints(search.job, ended, search.earlier, broken_off)
+    if members := _kept_members(search):
+        ids = {record.trial_id for record in ended}
+        left = [m for m in members if m.planned(search.job).trial_id not in ids]
+        return ListedPoints((member.index, member.point) for member in left)
     points = enumerate(iter_points(search.job))
     if not num_last(search.job):
         return ListedPoints(points)
