@@ -1,5 +1,8 @@
 """Every classification model of torchvision, with random weights and small images."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +123,16 @@ def first_dropped_layer(name, original):
     if name.startswith("maxvit"):
         return original.classifier[3]
     return [module for module in original.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def test_a_trial_of_torchvisions_imports_no_timm() -> None:
+    script = (
+        "import sys, tlrunner.train.trial\n"
+        "from tlrunner.config import BackboneConfig, HeadConfig\n"
+        "from tlrunner.model.classifier import build_classifier\n"
+        "config = BackboneConfig(name='squeezenet1_1', weights='none')\n"
+        "build_classifier(config, HeadConfig(), num_classes=2)\n"
+        "sys.exit('timm' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -10,7 +10,7 @@ from tlrunner.model import from_timm
 from tlrunner.model.backbones import EmptyParameters, describe
 from tlrunner.model.classifier import build_classifier
 from tlrunner.model.stages import tensor_names
-from tlrunner.model.weights import NO_WEIGHTS, read_state
+from tlrunner.model.weights import LITE, NO_WEIGHTS, read_state
 
 TRAINED_BY_DEFAULT = [
     *("timm/resnet18", "timm/convnext_atto", "timm/mobilenetv3_small_050"),
@@ -35,9 +35,9 @@ EVERY = TRAINED_BY_DEFAULT + FIXED_SIZE_BY_DEFAULT + TRAINED_SLOWLY + FIXED_SIZE
 def test_every_tensor_has_a_stage_and_only_the_classifier_is_dropped(name):
     inner = name.removeprefix("timm/")
     with EmptyParameters():
-        cfg = timm.get_pretrained_cfg(from_timm.LITE.get(inner, inner))
+        cfg = timm.get_pretrained_cfg(LITE.get(inner, inner))
         backbone, stages = from_timm.build(inner, NO_WEIGHTS, "auto", cfg.input_size[-1])
-        original = timm.create_model(from_timm.LITE.get(inner, inner), num_classes=1000)
+        original = timm.create_model(LITE.get(inner, inner), num_classes=1000)
     assert sorted(stages.of_parameter) == sorted(tensor_names(backbone))
     assert sorted(set(stages.of_parameter.values())) == list(range(len(stages.names)))
     assert len(set(stages.names)) == len(stages.names)

@@ -15,7 +15,7 @@ from tlrunner.errors import ConfigError, StorageError
 from tlrunner.files import sha256_file
 from tlrunner.model import from_timm
 from tlrunner.model.backbones import describe
-from tlrunner.model.from_timm import LITE
+from tlrunner.model.weights import LITE
 from tlrunner.train.loaded import load_classifier
 from tlrunner.train.staged import (
     Staged,

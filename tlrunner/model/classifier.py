@@ -8,7 +8,6 @@ stand still as well.
 import math
 from pathlib import Path
 
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BATCH_NORM
 
@@ -93,6 +92,8 @@ class Classifier(nn.Module):
 
     def synchronise_norms(self) -> None:
         """Have BatchNorm layers that train take their statistics over all workers; needs GPUs."""
+        from timm.layers import convert_sync_batchnorm  # by several workers on GPUs alone
+
         self.backbone = convert_sync_batchnorm(self.backbone)
         self.set_levels(self.levels)
 

@@ -20,6 +20,7 @@ from tlrunner.files import sha256_file
 from tlrunner.model.stages import Stages, norm_parameters
 from tlrunner.model.weights import (
     CLASSIFIER,
+    LITE,
     Weights,
     downloading,
     first_line,
@@ -34,7 +35,6 @@ LITE_SHA256 = {
     "efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
     "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
-LITE = {f"efficientnet_lite{number}": f"tf_efficientnet_lite{number}" for number in (0, 1, 2)}
 
 # -- Names, preprocessing ------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from tlrunner.errors import ConfigError, StorageError
 from tlrunner.files import sha256_file
 from tlrunner.uris import is_weights_file, local_path
 
+# Models whose weights are installed with tlrunner -> timm's names of them.
+LITE = {f"efficientnet_lite{number}": f"tf_efficientnet_lite{number}" for number in (0, 1, 2)}
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 CLASSIFIER = re.compile(

@@ -8,6 +8,7 @@ on; so they are computed once for all epochs that see the view, all trials and a
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,6 @@ import simplejpeg
 import torch
 import torchvision
 from numpy.typing import NDArray
-from timm import __version__ as timm_version
 from torch import Tensor, fx
 
 from tlrunner.data.activations import CHUNK, ActivationFile
@@ -42,7 +42,7 @@ log = logging.getLogger("tlrunner")
 
 MOST_CUTS, MOST_FILES = 256, 256  # kept in memory at a time, of a backbone and of a process
 VERSIONS = [
-    *(torch.__version__, torchvision.__version__, timm_version),
+    *(torch.__version__, torchvision.__version__, version("timm")),
     *(PIL.__version__, cv2.__version__, simplejpeg.__version__),
 ]
 
