@@ -10,6 +10,7 @@ from s3_servers import Bucket
 
 from tlrunner.config import TrialConfig
 from tlrunner.configfile import with_values
+from tlrunner.data.s3 import S3Store
 from tlrunner.errors import InterruptedRun, StorageError
 from tlrunner.files import write_json
 from tlrunner.train import loop as loop_module
@@ -73,6 +74,26 @@ def test_who_took_a_trial_before_writes_nothing_more(
     assert content_of(place) == before
     later.place.fetch()
     WRITES[write](later, tiny_trial)
+
+
+def test_a_write_that_failed_on_the_way_is_not_repeated_once_the_trial_is_taken(
+    moto_bucket: Bucket, tmp_path: Path, tiny_trial: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path / "0000-abcdef", f"{moto_bucket.uri}/0000-abcdef")
+    trial = TrialDir(take(place))
+    trial.begin(tiny_trial)
+
+    put_well = S3Store._put
+
+    def put(*_: object) -> None:
+        monkeypatch.setattr(S3Store, "_put", put_well)
+        take(elsewhere(place, tmp_path))
+        raise ConnectionError
+
+    monkeypatch.setattr(S3Store, "_put", put)
+    with pytest.raises(InterruptedRun, match="trial 0000-abcdef was started again elsewhere"):
+        trial.append(REPORT)
+    assert place.store.size("metrics.jsonl") is None
 
 
 def test_a_checkpoint_under_way_is_not_committed_once_the_trial_is_taken(tmp_path: Path) -> None:

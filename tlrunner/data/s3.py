@@ -18,12 +18,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
-from tlrunner.data.store import WRONG_BYTES, Entry, Part, is_right, unreachable
+from tlrunner.data.store import WRONG_BYTES, Entry, Part, is_right, no_check, unreachable
 from tlrunner.errors import UnavailableError
 from tlrunner.files import sha256_bytes, sha256_file
 
 log = logging.getLogger("tlrunner")
 T = TypeVar("T")
+Strings = list[str]  # the store has a `list` of its own
 
 MAX_CONNECTIONS = 32
 _OTHER_REGION = "the bucket is in another region"
@@ -100,29 +101,18 @@ class Patience:
         return random.SystemRandom().uniform(0, longest)
 
 
-@dataclass
-class Retries:
-    """Why requests had to be made again, in the order it happened."""
-
-    reasons: list[str] = field(default_factory=list)  # append is atomic, += is not
-
-    @property
-    def count(self) -> int:
-        return len(self.reasons)
-
-
 @dataclass(frozen=True)
 class S3Store:
     """Objects below a prefix of a bucket. Any number of threads may use one.
 
-    `etag`: read only this version of an object.
+    `etag`: read only this version of an object. `retries`: why requests were made again.
     """
 
     bucket: str
     prefix: str = ""
     etag: str | None = None
     patience: Patience = Patience()
-    retries: Retries = field(default_factory=Retries, compare=False)
+    retries: Strings = field(default_factory=lambda: [], compare=False)
 
     @property
     def uri(self) -> str:
@@ -188,14 +178,14 @@ class S3Store:
 
         return self._ask(self._uri_of(name), request)
 
-    def put(self, name: str, path: Path) -> None:
+    def put(self, name: str, path: Path, before_again: Callable[[], object] = no_check) -> None:
         sha256 = sha256_file(path)
 
         def request(client: Any) -> None:
             with path.open("rb") as file:
                 self._put(client, name, file, sha256)
 
-        self._ask(self._uri_of(name), request)
+        self._ask(self._uri_of(name), request, before_again)
 
     def write(self, name: str, content: bytes) -> None:
         """Make `content` an object."""
@@ -246,7 +236,9 @@ class S3Store:
     def _uri_of(self, name: str) -> str:
         return f"{self.uri}/{name}"
 
-    def _ask(self, uri: str, request: Callable[[Any], T]) -> T:
+    def _ask(
+        self, uri: str, request: Callable[[Any], T], before_again: Callable[[], object] = no_check
+    ) -> T:
         """Make a request until it succeeds, fails for good, or has failed too often."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
@@ -255,6 +247,8 @@ class S3Store:
         of_botocore = (ClientError, BotoCoreError, ResponseParserError, HTTPError)
         of_python = (OSError, ValueError, RecursionError)
         for attempt in range(1, self.patience.attempts + 1):
+            if attempt > 1:
+                before_again()
             try:
                 return request(_client(self.patience.timeout_seconds))
             except (*of_botocore, *of_python, _WrongBytes, _Replaced) as err:
@@ -266,7 +260,7 @@ class S3Store:
                     raise unreachable(uri, why) from None
                 if attempt == self.patience.attempts:
                     raise unreachable(uri, f"{why}, {attempt} times", UnavailableError) from None
-                self.retries.reasons.append(why)
+                self.retries.append(why)
                 log.debug("%s: %s, asking again", uri, why)
                 time.sleep(self.patience.pause(attempt))
         raise AssertionError("the last attempt returns or raises")

@@ -6,6 +6,7 @@
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,10 @@ from typing import Protocol
 from tlrunner.configfile import shown
 from tlrunner.errors import StorageError
 from tlrunner.files import cannot_write, write_with
+
+
+def no_check() -> None:
+    """Called where nothing is to be asked."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,11 @@ class Store(Protocol):
         """A range of a file, all of it by default."""
         ...
 
-    def put(self, name: str, path: Path) -> None:
-        """Make the local file `path` the file `name`, whole or not at all; `path` may be moved."""
+    def put(self, name: str, path: Path, before_again: Callable[[], object] = no_check) -> None:
+        """Make the local file `path` the file `name`, whole or not at all; `path` may be moved.
+
+        Before a request that failed is repeated, `before_again` is called, and may raise.
+        """
         ...
 
     def delete(self, name: str) -> None:
@@ -111,7 +119,7 @@ class LocalStore:
             raise unreachable(str(path), WRONG_BYTES)
         return content
 
-    def put(self, name: str, path: Path) -> None:
+    def put(self, name: str, path: Path, before_again: Callable[[], object] = no_check) -> None:
         target = self.path(name)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

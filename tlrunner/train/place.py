@@ -5,8 +5,9 @@ copy: what is saved is put below the URI, and only then spoken of; where the two
 right.
 
 The directory of a run says in `.lease.json` which process holds it, and that holder's number, which
-only grows. Whoever writes for a holder carries its number, a fence, and asks before each write if a
-later holder has come: what a dead driver left running writes no more.
+only grows. Whoever writes for a holder carries its number, a fence, and asks before each write, and
+before a write is repeated, if a later holder has come: what a dead driver left running writes no
+more.
 """
 
 import hashlib
@@ -74,7 +75,8 @@ class Place:
         """Put files of the directory where they are kept, in this order."""
         if self.uri:
             for file in files:
-                self.store.put(file.relative_to(self.path).as_posix(), file)
+                name = file.relative_to(self.path).as_posix()
+                self.store.put(name, file, self.checked_fence)
 
     def save_directory(self, directory: Path, last: str) -> None:
         """Put every file of a directory, the one called `last` after all others."""
