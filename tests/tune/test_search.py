@@ -1,4 +1,4 @@
-"""Searches on a local Ray: slow, each of them starts one."""
+"""Searches on a Ray that they share: slow, as each has processes of its own."""
 
 import csv
 import itertools
@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import MARK, marked_processes
+from clusters import MARK, marked_processes, nodes_of
 
 import tlrunner
 from tlrunner.cli import run_job
@@ -29,13 +29,19 @@ SPACE = {
     "freeze.num_stages": {"randint": [1, 3], "when": {"freeze.strategy": "last_stages"}},
     "optim.lr": {"loguniform": [1e-4, 1e-2]},
 }
-MANY = 100  # epochs, so that a trial is under way for some seconds
+MANY = 40  # epochs, so that a trial is under way for some seconds
 Search = Callable[..., int]
 
 
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with nodes_of(2) as address:
+        yield address
+
+
 @pytest.fixture(autouse=True)
-def _local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "local")
+def _shared_ray(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
 
 
 @pytest.fixture
@@ -272,8 +278,9 @@ def interrupt(flags: list[str], mark: str, signum: signal.Signals, log: Path) ->
 
 
 def test_an_interrupted_search_leaves_no_process_and_the_same_command_finishes_it(
-    search: Search, runs: Path, tmp_path: Path
+    search: Search, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # so that all processes are its own
     space = {"train.epochs": {"grid": [2, MANY]}}
     flags = search.flags("cut", space, algorithm="grid", max_concurrent_trials=1)
     run, log = runs / "cut", tmp_path / "stderr.txt"
