@@ -141,7 +141,7 @@ def test_a_proposer_waits_for_room_and_ends_with_its_points() -> None:
 
     points: list[tuple[int, Point]] = [(3, {"optim.lr": 0.1})]
     room = [False, True, True]
-    proposer = Proposer(Told(points), lambda: room.pop(0), {"ray-0": record}.get)
+    proposer = Proposer(Told(points), lambda: False, lambda: room.pop(0), {"ray-0": record}.get)
     assert proposer.suggest("ray-0") is None
     assert proposer.suggest("ray-0") == {"trial": {"index": 3, "point": {"optim.lr": 0.1}}}
     assert proposer.suggest("ray-1") == Searcher.FINISHED
@@ -150,8 +150,19 @@ def test_a_proposer_waits_for_room_and_ends_with_its_points() -> None:
     assert told == [(3, record)]
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_proposer_ends_with_its_search_whatever_is_left(has_room: bool) -> None:
+    points = ListedPoints([(0, {}), (1, {})])
+    over = [False, True]
+    proposer = Proposer(points, lambda: over.pop(0), lambda: has_room, lambda trial_id: None)
+    assert (proposer.suggest("ray-0") is not None) == has_room
+    assert proposer.suggest("ray-1") == Searcher.FINISHED
+    assert points.ask() == ((1, {}) if has_room else (0, {}))
+
+
 def test_nothing_of_a_proposer_is_saved(tmp_path: Path) -> None:
-    proposer = Proposer(ListedPoints([]), lambda: True, lambda trial_id: None)
+    never = lambda: False  # noqa: E731
+    proposer = Proposer(ListedPoints([]), never, never, lambda trial_id: None)
     assert proposer.__getstate__() == {}
     proposer.save(str(tmp_path / "file"))
     assert not list(tmp_path.iterdir())

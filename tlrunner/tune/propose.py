@@ -153,6 +153,8 @@ class Proposer(Searcher):  # type: ignore[misc]  # ray is not typed
     """Gives Ray the next point while there is room for a trial.
 
     Args:
+        is_over: whether there is to be no other trial. Where none is under way, Ray waits for the
+            next one, and looks for nothing else meanwhile.
         has_room: whether one more trial is to be under way now.
         record_of: what Ray's trial of an id left, if it began.
     """
@@ -160,16 +162,20 @@ class Proposer(Searcher):  # type: ignore[misc]  # ray is not typed
     def __init__(
         self,
         points: Points,
+        is_over: Callable[[], bool],
         has_room: Callable[[], bool],
         record_of: Callable[[str], TrialRecord | None],
     ) -> None:
         super().__init__(metric="val_acc", mode="max")
         self.points = points
+        self.is_over = is_over
         self.has_room = has_room
         self.record_of = record_of
         self.numbers: dict[str, int] = {}  # Ray's id of a trial -> number of its point
 
     def suggest(self, trial_id: str) -> Any:
+        if self.is_over():
+            return Searcher.FINISHED
         if not self.has_room():
             return None
         asked = self.points.ask()

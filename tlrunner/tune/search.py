@@ -201,11 +201,13 @@ def _proposed(
     waits = job.search.algorithm == "tpe" or job.resources.workers_per_trial > 1
     most = job.search.max_concurrent_trials or math.inf
 
-    def has_room() -> bool:
-        places = min(places_now(job.resources), most) if waits else most
-        return not search.is_halted() and spending.take_place(places)
+    def is_over() -> bool:
+        return search.is_halted() or spending.is_over or progress.has_error()
 
-    proposer = Proposer(points, has_room, progress.record_of)
+    def has_room() -> bool:
+        return spending.take_place(min(places_now(job.resources), most) if waits else most)
+
+    proposer = Proposer(points, is_over, has_room, progress.record_of)
     config = tune.TuneConfig(search_alg=proposer, num_samples=-1, **_settings(job, progress))
     return {"tune_config": config}
 
