@@ -34,7 +34,6 @@ CHECKPOINT_SECONDS, EPOCHS, NUM_TRIALS = 0.5, 10, 4
 LOOK_SECONDS = 0.2
 MARK = "TLRUNNER_FAULTS"  # environment variable of all processes of a search
 NODE = "TLRUNNER_FAULTS_NODE"  # environment variable of all processes of one node
-
 CLOCK = """
 import datetime, os, time
 import pandas  # its C cannot be imported where datetime is no longer C's own
@@ -183,8 +182,8 @@ def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     mark = f"{os.getpid()}-{name}-{number}"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    environment |= {"RAY_ADDRESS": "local"}
-    environment |= {"RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled", MARK: mark, **REGISTER}
+    environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled"}
+    environment |= {MARK: mark, **REGISTER}
     place = Ground(name, root, {**kept, **environment}, str(root / f"{name}-{number}"))
     with ExitStack() as held:
         try:

@@ -112,7 +112,7 @@ class S3Store:
     prefix: str = ""
     etag: str | None = None
     patience: Patience = Patience()
-    retries: Strings = field(default_factory=lambda: [], compare=False)
+    retries: Strings = field(default_factory=Strings, compare=False)
 
     @property
     def uri(self) -> str:

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from tlrunner.config import BackboneConfig, HeadConfig, Preprocess
 from tlrunner.errors import ConfigError, nearest
-from tlrunner.machine import importing
 from tlrunner.model import from_torchvision
 from tlrunner.model.stages import Stages
 from tlrunner.model.weights import LITE, NO_WEIGHTS, Weights, choose_weights, first_line
@@ -51,8 +50,8 @@ def backbone_names() -> list[str]:
 
 def _from_timm() -> ModuleType:
     """Imported only where a model is timm's: it takes a fifth of what a trial's process imports."""
-    with importing():
-        from tlrunner.model import from_timm
+    from tlrunner.model import from_timm
+
     return from_timm
 
 
