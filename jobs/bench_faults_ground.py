@@ -22,7 +22,9 @@ from typing import Any
 
 import boto3
 
-from tlrunner.tune.cluster import REGISTER  # as a local cluster has it, for nodes started here
+from tlrunner.tune.cluster import (
+    START_SETTINGS,  # as a local cluster has it, for nodes started here
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # has the one proxy that spoils S3; it needs nothing else
@@ -183,7 +185,7 @@ def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
     mark = f"{os.getpid()}-{name}-{number}"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled"}
-    environment |= {MARK: mark, **REGISTER}
+    environment |= {MARK: mark, **START_SETTINGS}
     place = Ground(name, root, {**kept, **environment}, str(root / f"{name}-{number}"))
     with ExitStack() as held:
         try:

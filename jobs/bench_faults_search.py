@@ -153,7 +153,7 @@ class Search:
         told = self._output()[num_bytes:].decode(errors="replace")
         stack = told.partition("Current thread")[2].partition("\n\n")[0]
         calls = [f"{Path(path).name}:{line} {name}" for path, line, name in CALL.findall(stack)]
-        return "".join(f"\n    {line}" for line in [" < ".join(calls), titles, *said])
+        return "".join(f"\n    {line}" for line in [" < ".join(calls), titles, *said] if line)
 
     def pids(self, title: str) -> list[int]:
         """Of this search's processes with something in their command line."""

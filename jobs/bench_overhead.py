@@ -4,7 +4,7 @@
 
 Two searches on one local Ray cluster, in turns, of trials that do almost nothing: report one epoch
 and end. The peer is a plain Ray Tune function, one CPU each, in reused actors, without any of Ray's
-loggers, that imports what any trial of images needs (accelerate, timm, torchvision). Ours is the
+loggers, that imports what any trial of images needs (accelerate, torchvision). Ours is the
 search of the jobs, with its points, budget, table, trackers and trial directories, around a trial
 that only writes its record. Prints the wall seconds of each, medians and the ratio within each
 round, and the resident memory of the driver as trials go by.
@@ -32,7 +32,6 @@ from rich.console import Console
 from tlrunner.cli import run_job
 from tlrunner.jobconfig import JobConfig
 from tlrunner.signals import Halt
-from tlrunner.train.beside import Beside
 from tlrunner.train.images import Images
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialDir
@@ -40,7 +39,7 @@ from tlrunner.tune import search as search_module
 from tlrunner.tune.cluster import connected_to_ray, granted_resources
 from tlrunner.tune.search import Search, run_search
 from tlrunner.tune.space import num_trials_of
-from tlrunner.tune.trainable import planned_trial, report
+from tlrunner.tune.trainable import Trials, planned_trial, report
 
 ROUNDS = 3
 SPACE = {"optim.lr": ({"loguniform": (1e-5, 1e-1)},)}
@@ -83,7 +82,6 @@ def bench(job: JobConfig, job_name: str, out: Console, dry_run: bool) -> int:
 def _plain(job: JobConfig, num_trials: int, directory: Path, out: Console) -> None:
     def trial(config: dict[str, Any]) -> None:
         import accelerate  # noqa: F401
-        import timm  # noqa: F401
         import torchvision  # noqa: F401
 
         tune.report(asdict(REPORT))
@@ -117,9 +115,7 @@ def _ours(job: JobConfig, num_trials: int, directory: Path, out: Console) -> Non
     )
 
 
-def _idle(
-    job: JobConfig, trials: Place, images: Images, num_last: int, beside: Beside
-) -> Callable[[dict[str, Any]], None]:
+def _idle(trials: Trials, bell: Any) -> Callable[[dict[str, Any]], None]:
     """A trial without its training."""
 
     def trainable(values: dict[str, Any]) -> None:
@@ -127,8 +123,8 @@ def _idle(
         from tlrunner.train.trial_dir import EpochReport, TrialDir
 
         finished = EpochReport(**figures)
-        planned = planned_trial(job, values)
-        directory = TrialDir(trials.below(planned.trial_id))
+        planned = planned_trial(trials.job, values)
+        directory = TrialDir(trials.place.below(planned.trial_id))
         directory.begin(planned.config)
         directory.append(finished)
         report(finished)

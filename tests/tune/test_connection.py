@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from tlrunner.errors import ResourceError
-from tlrunner.tune.cluster import REGISTER, connected_to_ray
+from tlrunner.tune.cluster import START_SETTINGS, connected_to_ray
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_cluster_out_of_reach_is_named_with_what_to_check(seen: dict[str, str]
 def test_how_long_ray_waits_for_a_process_is_set_unless_the_user_did(
     seen: dict[str, str], monkeypatch: pytest.MonkeyPatch, own: str | None
 ) -> None:
-    ((name, value),) = REGISTER.items()
+    ((name, value),) = START_SETTINGS.items()
     monkeypatch.delenv(name, raising=False)
     if own:
         monkeypatch.setenv(name, own)

@@ -19,6 +19,7 @@ from tlrunner.jobconfig import JobConfig
 from tlrunner.signals import Halt
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import TrialDir
+from tlrunner.tune.members import Members, as_member
 from tlrunner.tune.progress import NoOtherLines, Progress
 from tlrunner.tune.space import trial_at
 
@@ -124,7 +125,12 @@ def test_a_process_that_died_is_recorded_as_failed(
     assert len(record.epochs) == len(val_accs or [])
 
 
-def test_a_process_that_died_before_it_took_its_trial_costs_no_trial(search: Search) -> None:
+@pytest.mark.parametrize("is_population", [False, True])
+def test_a_process_that_died_before_it_took_its_trial_costs_no_trial(
+    search: Search, tmp_path: Path, is_population: bool
+) -> None:
+    if is_population:
+        search.progress.members = Members(Place(tmp_path), [as_member(search.trial.config)])
     search.trial.max_failures = -1
     search.progress.on_trial_error(0, [], search.trial)
     assert not search.directory.has_begun

@@ -161,8 +161,7 @@ def test_a_proposer_ends_with_its_search_whatever_is_left(has_room: bool) -> Non
 
 
 def test_nothing_of_a_proposer_is_saved(tmp_path: Path) -> None:
-    never = lambda: False  # noqa: E731
-    proposer = Proposer(ListedPoints([]), never, never, lambda trial_id: None)
+    proposer = Proposer(ListedPoints([]), bool, bool, lambda trial_id: None)
     assert proposer.__getstate__() == {}
     proposer.save(str(tmp_path / "file"))
     assert not list(tmp_path.iterdir())

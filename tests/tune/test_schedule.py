@@ -226,9 +226,10 @@ class Members:
         self.controller = SimpleNamespace(
             search_alg=None,
             get_trials=lambda: self.trials,
-            get_live_trials=lambda: [t for t in self.trials if t.status != Trial.TERMINATED],
+            get_live_trials=lambda: self.live,
             pause_trial=self.pause,
         )
+        self.live = set(self.trials)
         for trial in self.trials:
             self.scheduler.on_trial_add(self.controller, trial)
 
@@ -246,6 +247,12 @@ class Members:
         trial = self.trials[number]
         trial.status = Trial.TERMINATED
         self.scheduler.on_trial_complete(self.controller, trial, {"epoch": 9, "val_acc": 0.0})
+        self.live.discard(trial)
+
+    def fail(self, number: int) -> None:
+        """For good: Ray leaves it among the live."""
+        self.scheduler.on_trial_error(self.controller, self.trials[number])
+        self.trials[number].status = Trial.ERROR
 
     def next(self) -> FakeTrial | None:
         chosen: FakeTrial | None = self.scheduler.choose_trial_to_run(self.controller)
@@ -285,3 +292,15 @@ def test_those_that_wait_go_on_when_the_one_they_wait_for_ends(
     assert members.next() is None, "the third one has not come"
     members.end(2)
     assert members.next() in members.trials[:2]
+
+
+def test_nobody_waits_for_one_that_failed(population: Callable[[int], Members]) -> None:
+    members = population(3)
+    members.fail(2)
+    for epoch in (2, 4):
+        members.report(0, epoch, 0.5)
+        assert members.next() is None, "the second one has not come"
+        members.report(1, epoch, 0.6)
+        assert members.next() is members.trials[0]
+        for trial in members.trials[:2]:
+            trial.status = Trial.RUNNING

@@ -29,7 +29,7 @@ SPACE = {
     "freeze.num_stages": {"randint": [1, 3], "when": {"freeze.strategy": "last_stages"}},
     "optim.lr": {"loguniform": [1e-4, 1e-2]},
 }
-MANY = 40  # epochs, so that a trial is under way for some seconds
+MANY = 60  # epochs, so that a trial is under way for some seconds
 Search = Callable[..., int]
 
 
@@ -163,7 +163,7 @@ def test_a_search_repeats_itself_is_continued_and_its_winner_trains_alone(
 
 def test_a_time_budget_ends_a_search_and_every_trial_of_it(search: Search, runs: Path) -> None:
     space = {"train.epochs": {"choice": [10_000]}, "train.seed": {"randint": [0, 9]}}
-    assert search("one", space, budget={"num_trials": 3, "wall_seconds": 15}) == 0
+    assert search("one", space, budget={"num_trials": 3, "wall_seconds": 20}) == 0
     states = [row["state"] for row in rows_of(runs / "one")]
     assert states
     assert set(states) == {"stopped"}
@@ -235,11 +235,11 @@ def test_the_best_are_repeated_and_tpe_learns_from_the_run(
 
 def test_a_budget_of_compute_is_spent_and_not_overrun(search: Search, runs: Path) -> None:
     space = {"optim.lr": {"loguniform": [1e-5, 1e-1]}}
-    budget = {"cpu_hours": 6 / 3600}
+    budget = {"cpu_hours": 10 / 3600}
     assert search("spent", space, budget=budget, max_concurrent_trials=1) == 0
     summary = summary_of(runs / "spent")
     assert summary["trials"]["completed"] > 1, "it went on until then"
-    assert summary["compute_seconds"] < 6
+    assert summary["compute_seconds"] < 10
     assert (runs / "spent" / "_SUCCESS").exists()
 
 

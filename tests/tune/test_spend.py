@@ -78,16 +78,20 @@ def test_trials_that_ended_before_the_run_was_continued_are_paid(clock: Clock) -
 
 def test_what_the_repeats_of_the_best_will_take_is_kept_for_them(clock: Clock) -> None:
     search = {"budget": {"cpu_hours": 1.0}, "final_repeats": 3, "final_candidates": 2}
-    spending = spending_of(search, {"gpus_per_worker": 0}, has_repeats=True)
+    spending, repeating = (
+        spending_of(search, {"gpus_per_worker": 0}, has_repeats=has) for has in (True, False)
+    )
     for number, (val_acc, seconds) in enumerate([(0.9, 300.0), (0.8, 200.0), (0.1, 900.0)]):
         trial = SimpleNamespace(trial_id=str(number))
         spending.on_trial_result(0, [], trial, {"val_acc": val_acc, "seconds": seconds})
     spending.compute_seconds = 3600 - 3 * 500 - 1
     assert not spending.is_over
-    spending.compute_seconds += 2
+    repeating.compute_seconds = spending.compute_seconds = spending.compute_seconds + 2
     assert spending.is_over
-    spending.has_repeats = False  # as while they run
-    assert not spending.is_over
+    assert not repeating.is_over
+
+    spending.on_trial_result(0, [], trial, {"val_acc": 1.0, "seconds": 1.0})
+    assert spending.is_over, "whatever the repeats of a new best trial will take"
 
 
 def test_a_place_is_taken_once(clock: Clock) -> None:

@@ -112,7 +112,7 @@ class S3Store:
     prefix: str = ""
     etag: str | None = None
     patience: Patience = Patience()
-    retries: Strings = field(default_factory=Strings, compare=False)
+    retries: Strings = field(default_factory=Strings, compare=False)  # its append is atomic
 
     @property
     def uri(self) -> str:

@@ -6,8 +6,8 @@ right.
 
 The directory of a run says in `.lease.json` which process holds it, and that holder's number, which
 only grows. Whoever writes for a holder carries its number, a fence, and asks before each write, and
-before a write is repeated, if a later holder has come: what a dead driver left running writes no
-more.
+before a file is put once more, if a later holder has come: what a dead driver left running writes
+no more.
 """
 
 import hashlib

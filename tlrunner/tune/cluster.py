@@ -36,7 +36,7 @@ RAY_SETTINGS = {
 }
 # A process that dies while it starts is missed only then; Ray's own setting is a minute, in which a
 # node of one CPU starts no other. Of a local cluster, and where the user has set nothing.
-REGISTER = {"RAY_worker_register_timeout_seconds": "30"}
+START_SETTINGS = {"RAY_worker_register_timeout_seconds": "30"}
 GONE_SECONDS, LOOK_SECONDS = 30.0, 3.0  # Ray itself waits for its head for a minute
 AWS_SECRETS = {
     "AWS_ACCESS_KEY_ID",
@@ -55,7 +55,9 @@ def connected_to_ray(log_level: str) -> Iterator[None]:
     Raises:
         ResourceError: there is one, and it cannot be reached.
     """
-    os.environ.update(REGISTER | os.environ | RAY_SETTINGS)
+    os.environ.update(RAY_SETTINGS)
+    for name, value in START_SETTINGS.items():
+        os.environ.setdefault(name, value)
     # Tune would hand these on to trials, and Ray write them to its logs. Nodes have their own.
     ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -136,6 +136,9 @@ class Population(_Fair, PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_error(self, controller: Any, trial: Trial) -> None:
         super().on_trial_error(controller, trial)
+        # Ray keeps what failed among the live, for whom the others would wait at each meeting to
+        # come; one that is to start again it puts back.
+        controller.get_live_trials().discard(trial)
         self._wait_no_more(controller, trial)
 
     def _wait_no_more(self, controller: Any, ended: Trial) -> None:

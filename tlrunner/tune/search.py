@@ -125,7 +125,7 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
 
 
 def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[Member]:
-    """Those of which Ray lost the trial: it neither ended nor failed."""
+    """Those of a population, or at some points, of which Ray lost the trial: it did not end."""
     members = _kept_members(search) or [Member(*point) for point in points]
     search.trials.fetch(without=CHECKPOINTS)
     ended = {d.path.name for d in _begun(search.trials) if d.read().state != "interrupted"}

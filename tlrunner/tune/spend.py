@@ -34,6 +34,7 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
         self.num_active = 0  # and those that are to run
         self.told: dict[str, tuple[float, float]] = {}  # Ray's id -> best val_acc, seconds
         self.last_step = time.monotonic()
+        self.was_over = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray saves a copy of callbacks
@@ -61,7 +62,7 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
 
     @property
     def is_over(self) -> bool:
-        """Whether a bound is reached, less what the final repeats will take."""
+        """Whether a bound was reached, less what the final repeats will take."""
         budget, resources = self.job.search.budget, self.job.resources
         assert budget is not None, "the config fills it in"
         compute, wall = self._kept_for_repeats()
@@ -71,7 +72,9 @@ class Spending(tune.Callback):  # type: ignore[misc]  # ray is not typed
             (budget.cpu_hours, hours * resources.cpus_per_worker),
             (budget.gpu_hours, hours * (resources.gpus_per_worker or 0)),
         )
-        return any(limit is not None and spent >= limit for limit, spent in limits)
+        # For good: the repeats of another best trial may take less.
+        self.was_over |= any(limit is not None and spent >= limit for limit, spent in limits)
+        return self.was_over
 
     def _kept_for_repeats(self) -> tuple[float, float]:
         """Seconds of trials, and seconds by the clock, that the best so far would take again."""
