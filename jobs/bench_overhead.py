@@ -9,9 +9,11 @@ search of the jobs, with its points, budget, table, trackers and trial directori
 that only writes its record. Prints the wall seconds of each, medians and the ratio within each
 round, and the resident memory of the driver as trials go by.
 
-Measured on 2 cores, 200 trials, 3 rounds: 1.18 times as long (1.02 to 1.26; 18.7 s to 14.8); driver
-at trial 100 and at the end 963 and 966 MiB. It was 1.87 while the actor's function imported torch
-when unpickled: Ray gives trials to actors that are ready, so the first one did nearly all of them.
+Measured on 2 cores, 200 trials, 3 rounds: 2.74 times as long (2.73 to 2.78; 14.9 s to 5.4), 48 ms
+more a trial; driver at trial 100 and at the end 989 and 998 MiB. Before, it was 1.18, to a peer
+that took 14.8 s; that it imported timm makes 0.6 s of it, the rest is not explained. It was 1.87
+then while the actor's function imported torch when unpickled: Ray gives trials to actors that are
+ready, so the first one did nearly all of them.
 """
 
 import statistics
