@@ -22,9 +22,7 @@ from typing import Any
 
 import boto3
 
-from tlrunner.tune.cluster import (
-    START_SETTINGS,  # as a local cluster has it, for nodes started here
-)
+from tlrunner.tune.cluster import START_SETTINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))  # has the one proxy that spoils S3; it needs nothing else
@@ -185,7 +183,7 @@ def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
     mark = f"{os.getpid()}-{name}-{number}"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled"}
-    environment |= {MARK: mark, **START_SETTINGS}
+    environment |= {MARK: mark, **START_SETTINGS}  # nodes that are started here have them as well
     place = Ground(name, root, {**kept, **environment}, str(root / f"{name}-{number}"))
     with ExitStack() as held:
         try:

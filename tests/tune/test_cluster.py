@@ -61,7 +61,7 @@ def test_trials_of_several_workers_give_the_figures_of_one_and_leave_nothing_beh
     job: Job, tmp_path: Path
 ) -> None:
     space = {"optim.lr": {"choice": [0.001, 0.0005]}}
-    search = {"space": space, "budget": {"num_trials": 1}}
+    search = {"space": space, "budget": {"num_trials": 2}}
     with nodes_of(0, 2, 2) as address:  # the driver is on a head that takes no trials
         one = job(address, "one", search=search)
         assert one.returncode == 0, one.stdout + one.stderr

@@ -7,7 +7,7 @@ its own directory afterwards, never from Ray's records: those can be empty after
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,12 @@ def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[Member]:
     members = _kept_members(search) or [Member(*point) for point in points]
     search.trials.fetch(without=CHECKPOINTS)
     ended = {d.path.name for d in _begun(search.trials) if d.read().state != "interrupted"}
-    return [m for m in members if m.planned(search.job).trial_id not in ended]
+    return _without(members, ended, search.job)
+
+
+def _without(members: Sequence[Member], ended: Set[str], job: JobConfig) -> list[Member]:
+    """`ended`: names of trials."""
+    return [member for member in members if member.planned(job).trial_id not in ended]
 
 
 def _fail_lost(search: Search, members: Sequence[Member]) -> None:
@@ -271,8 +276,7 @@ def _points(
         broken_off = [r for r in records if r.state == "interrupted" and is_own(r)]
         return OptunaPoints(search.job, ended, search.earlier, broken_off)
     if members := _kept_members(search):
-        ids = {record.trial_id for record in ended}
-        left = [m for m in members if m.planned(search.job).trial_id not in ids]
+        left = _without(members, {record.trial_id for record in ended}, search.job)
         return ListedPoints((member.index, member.point) for member in left)
     points = enumerate(iter_points(search.job))
     if not num_last(search.job):
