@@ -111,7 +111,11 @@ class Ground:
         command += ["--disable-usage-stats", *place]
         with said.open("wb") as output:
             environment = {**self.environment, NODE: name}
-            node = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            # In a session of its own, which Linux schedules as one: in this one's, Ray's workers,
+            # all of them nice, would wait for whatever else is busy there.
+            node = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
         self.nodes[name] = node
         deadline = time.monotonic() + 60
         while "Ray runtime started" not in said.read_text():
@@ -182,7 +186,10 @@ def ground(name: str, number: int, root: Path) -> Iterator[Ground]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     mark = f"{os.getpid()}-{name}-{number}"
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(root), "RAY_AUTH_MODE": "disabled"}
+    ray_files = root / f"ray-{number}"  # short, as the names of Ray's sockets are long
+    ray_files.mkdir()
+    environment |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": str(ray_files)}
+    environment |= {"RAY_AUTH_MODE": "disabled"}
     environment |= {MARK: mark, **START_SETTINGS}  # nodes that are started here have them as well
     place = Ground(name, root, {**kept, **environment}, str(root / f"{name}-{number}"))
     with ExitStack() as held:
