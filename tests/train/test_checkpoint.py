@@ -61,7 +61,7 @@ def test_an_attempt_is_never_used_twice(tmp_path: Path) -> None:
     assert [first.name, third.name] == ["00000008-0", "00000008-2"]
     assert not list(torn.iterdir())
     assert others(tmp_path, third) == [first, torn]
-    assert others(tmp_path, third, num_last=4) == []
+    assert others(tmp_path, third, num_newest=4) == []
     shutil.rmtree(first)
     shutil.rmtree(torn)
     assert write_checkpoint(tmp_path, 8, TENSORS, {}).name == "00000008-3"

@@ -259,6 +259,24 @@ def test_only_the_best_and_the_newest_checkpoints_stay(
     assert kept == newest | {record.best.checkpoint}
 
 
+@pytest.mark.usefixtures("_checkpoints_in_each_step")
+def test_checkpoints_of_epochs_for_others_do_not_give_way_to_those_within_epochs(
+    tiny_trial: TrialConfig, colour_images: Images, tmp_path: Path
+) -> None:
+    directory = TrialDir(tmp_path / "trial")
+    told: list[str] = []
+
+    def report(finished: EpochReport) -> None:
+        told.append(str(finished.checkpoint))
+        there = {path.name for path in directory.checkpoints.iterdir()}
+        assert there >= set(told[-3:])
+        assert finished.epoch == 4 or there - set(told), "of within the epoch"
+
+    config = with_values(tiny_trial, {"train.epochs": 4})
+    run_trial(config, report, trial_dir=directory.path, images=colour_images, num_last=3)
+    assert len(told) == 4
+
+
 def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(
     tiny_trial: TrialConfig, colour_images: Images, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ size and SHA-256 of each file, so a reader can tell a whole checkpoint from a to
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,15 @@ def read_training_state(directory: Path) -> dict[str, Tensor]:
     return load_tensors(directory / TRAINING_STATE)
 
 
-def others(parent: Path, checkpoint: Path | None, num_last: int = 0) -> list[Path]:
-    """The checkpoints beside this one, which must be committed first, but for the newest ones."""
+def others(
+    parent: Path, checkpoint: Path | None, num_newest: int = 0, also: Iterable[Path] = ()
+) -> list[Path]:
+    """All but this checkpoint, which must be committed first, the newest ones, and those also."""
     assert checkpoint is None or (checkpoint / COMMIT).exists(), (
         "the checkpoint to keep is not committed"
     )
     directories = _directories(parent)
-    kept = {checkpoint, *directories[max(0, len(directories) - num_last) :]}
+    kept = {checkpoint, *also, *directories[max(0, len(directories) - num_newest) :]}
     return [directory for directory in directories if directory not in kept]
 
 

@@ -18,7 +18,7 @@ from tlrunner.train.resume import training_state
 from tlrunner.train.reuse import Reuse
 from tlrunner.train.trial_dir import EpochReport, State, TrialDir
 
-LAST = 2  # newest checkpoints that are kept to go on from
+LAST = 2  # newest checkpoints that are kept for the trial itself to go on from
 
 
 class Keeper:
@@ -27,7 +27,7 @@ class Keeper:
     Args:
         record: the trial's directory; None if nothing is kept.
         origin: hashes of what the trial has from elsewhere, its images and pretrained weights.
-        num_last: newest checkpoints that somebody needs even behind the trial's end.
+        num_last: latest epochs whose checkpoints somebody needs, even behind the trial's end.
         goes_on: whether each epoch is kept to go on from, and what is due within it; else the best
             ones and those that end late enough.
         elapsed: seconds of the trial so far.
@@ -86,7 +86,7 @@ class Keeper:
             begun = {"num_batches": num_batches, "totals": list(totals)}
             self._write(self.record, num_batches, {"epoch": self.epoch, "begun": begun}, True)
             best = self.record.best_checkpoint(self.best) if self.best else None
-            self.record.keep_only(best, max(LAST, self.num_last))
+            self.record.keep_only(best, LAST, self.num_last)
         if due == Due.HALT:
             if self.record:
                 step = self.feed.num_steps * self.epoch + num_batches
@@ -111,8 +111,8 @@ class Keeper:
             if is_last and not self.num_last:
                 self.record.keep_weights()
             else:
-                num_last = max(LAST, self.num_last) if can_go_on else self.num_last
-                self.record.keep_only(self.record.best_checkpoint(self.best), num_last)
+                best = self.record.best_checkpoint(self.best)
+                self.record.keep_only(best, LAST if can_go_on else 0, self.num_last)
         return finished
 
     def end(self, state: State, detail: str) -> None:

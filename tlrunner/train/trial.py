@@ -88,7 +88,7 @@ def run_trial(
         world: this worker among those of the trial. All of them call this, and report the same
             figures; the first one writes.
         resume_from: a checkpoint with a training state, of this trial or of another, to go on from.
-        num_last: checkpoints of the newest epochs that are kept so, beside that of the best epoch.
+        num_last: latest epochs whose checkpoints are kept for that, beside that of the best one.
         notes: what a reader of the trial's figures should know.
         beside: the other trials of its search, and what this process keeps for them.
         is_halted: asked between steps; once true, the trial leaves a checkpoint and ends as

@@ -157,9 +157,11 @@ class TrialDir:
         self.place.checked_fence()
         self.place.save_directory(checkpoint, last=COMMIT)
 
-    def keep_only(self, checkpoint: Path | None, num_last: int = 0) -> None:
-        """Remove all but this checkpoint, which a line of the metrics speaks of, and the newest."""
-        for other in others(self.checkpoints, checkpoint, num_last):
+    def keep_only(self, checkpoint: Path | None, num_newest: int = 0, num_epochs: int = 0) -> None:
+        """Remove all but this checkpoint, the newest ones, and those of the latest epochs."""
+        latest = self._epochs()[-num_epochs:] if num_epochs else ()
+        of_epochs = [self.checkpoints / told.checkpoint for told in latest if told.checkpoint]
+        for other in others(self.checkpoints, checkpoint, num_newest, of_epochs):
             self.place.checked_fence()
             self.place.remove(other, first=COMMIT)
 

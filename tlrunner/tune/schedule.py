@@ -218,7 +218,7 @@ def build_scheduler(
 
 
 def num_last(job: JobConfig) -> int:
-    """Newest checkpoints that a trial must keep, for itself after a pause and for its copiers.
+    """Latest epochs whose checkpoints a trial keeps, for itself after a pause and for its copiers.
 
     A trial can be at most one interval ahead of one that is about to copy it.
     """

@@ -46,7 +46,7 @@ class Trials:
 
     Args:
         place: the directory that has theirs.
-        num_last: newest checkpoints to keep, from which trials go on after a pause.
+        num_last: latest epochs whose checkpoints are kept, for trials to go on from.
         beside: all of them, and what a process keeps from one to the next.
     """
 
