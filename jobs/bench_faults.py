@@ -53,7 +53,9 @@ from bench_faults_search import INTERRUPTED, Search
 from bench_faults_verdict import END, HANG, LATE, LOST, StoppedError, Verdict, print_table
 
 RECOVER_SECONDS = 180.0  # for a trial to train again behind a fault, where it is slow
-AT_ONCE = 3  # searches; most of their time is spent in waiting for something to be noticed
+# Searches; much of their time is spent in waiting for something to be noticed. Four at once took as
+# long on 2 cores, 360 s for 20 faults, as their starts then wait for each other.
+AT_ONCE = 3
 MOST_STARTS = 40  # before a search is given up
 DAY_SECONDS = 86_400
 
