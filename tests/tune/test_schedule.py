@@ -139,6 +139,68 @@ def test_the_last_epoch_stops_nothing_that_ends_by_itself(
     ] * 2
 
 
+# -- HyperBand -------------------------------------------------------------------------------------
+
+
+class Band(Field):
+    """The trials of a bracket with rungs at epochs 1, 2 and 4, behind those of two others."""
+
+    def __init__(self, tree: dict[str, Any], config: TrialConfig) -> None:
+        search = {"scheduler": "hyperband", "reduction_factor": 2}
+        super().__init__(job_of(tree, search, epochs=4))
+        self.controller.stop_trial = self.stop
+        config = with_values(config, {"train.epochs": 9})
+        names = [*"abcdef", *"0123"]  # Ray fills the others first
+        self.trials = [self.add(name, config) for name in names][-4:]
+        for trial in self.trials:
+            trial.is_saving = False
+
+    def stop(self, trial: FakeTrial) -> None:
+        trial.status = Trial.TERMINATED
+        self.scheduler.on_trial_complete(self.controller, trial, {})
+
+    def report(self, trial: FakeTrial, epoch: int, val_acc: float) -> str:
+        decision = super().report(trial, epoch, val_acc)
+        if decision == TrialScheduler.STOP:
+            self.stop(trial)
+        elif decision == TrialScheduler.PAUSE:
+            trial.status = Trial.PAUSED
+        return decision
+
+    def resume(self) -> FakeTrial | None:
+        chosen: FakeTrial | None = self.scheduler.choose_trial_to_run(self.controller)
+        if chosen:
+            chosen.status = Trial.RUNNING
+        return chosen
+
+
+def test_those_that_wait_at_a_later_rung_go_on_when_the_one_they_wait_for_fails(
+    tiny_tree: dict[str, Any], tiny_trial: TrialConfig
+) -> None:
+    band = Band(tiny_tree, tiny_trial)
+    first, second, *others = band.trials
+    for trial, val_acc in zip((*others, first, second), (0.1, 0.2, 0.3, 0.4), strict=True):
+        band.report(trial, 1, val_acc)
+    assert [trial.status for trial in others] == [Trial.TERMINATED] * 2
+    assert band.resume() is first
+    band.report(first, 2, 0.3)
+    assert first.status == Trial.PAUSED
+    assert band.resume() is None, "the second one has not come"
+    second.status = Trial.ERROR
+    band.scheduler.on_trial_error(band.controller, second)
+    assert band.resume() is first
+
+
+def test_trials_that_are_all_past_the_next_rung_go_on(
+    tiny_tree: dict[str, Any], tiny_trial: TrialConfig
+) -> None:
+    band = Band(tiny_tree, tiny_trial)
+    for trial, val_acc in zip(band.trials, (0.4, 0.3, 0.2, 0.1), strict=True):
+        band.report(trial, 3, val_acc)  # their first, as the run was broken off in their epoch 3
+    assert band.resume() is band.trials[0]
+    assert {trial.status for trial in band.trials[1:]} == {Trial.TERMINATED}
+
+
 # -- Population ------------------------------------------------------------------------------------
 
 SPACE = {
@@ -171,6 +233,24 @@ def test_a_copied_point_stays_in_the_space_and_keeps_what_cannot_change(
     is_head = point["freeze.strategy"] == "head"
     assert can_be(job.search.space["optim.lr"][0 if is_head else 1], copied["optim.lr"])
     trial_at(job, 0, copied)
+
+
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_a_copied_value_is_of_the_distribution_whose_condition_holds_now(
+    attempt: int, seed: int
+) -> None:
+    space = {
+        "augment.mixup": {"choice": [0.0, 0.2]},
+        "train.label_smoothing": [
+            {"choice": [0.0], "when": {"augment.mixup": 0.2}},
+            {"choice": [0.1, 0.2]},
+        ],
+    }
+    search = {"space": space, "scheduler": "pbt", "budget": {"num_trials": 4}}
+    job = validate(JobConfig, {"search": search})
+    copied = explored(job, random_point(job, attempt), random.Random(seed))
+    smoothings = (0.0,) if copied["augment.mixup"] == 0.2 else (0.1, 0.2)
+    assert copied["train.label_smoothing"] in smoothings
 
 
 def test_copied_values_do_change(tiny_tree: dict[str, Any]) -> None:

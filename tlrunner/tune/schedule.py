@@ -73,6 +73,17 @@ class Asha(_Fair, AsyncHyperBandScheduler):  # type: ignore[misc]  # ray is not 
 class HyperBand(_Fair, HyperBandScheduler):  # type: ignore[misc]
     """HyperBand, whose trials wait for each other at each rung."""
 
+    def _process_bracket(self, controller: Any, bracket: Any) -> str:
+        # Ray does it once, and from the first rung on no longer for a trial that leaves: where it
+        # was the last that others waited for, or where all are past the next rung as well, as
+        # behind an interruption, the others would wait for ever.
+        while True:
+            action: str = super()._process_bracket(controller, bracket)
+            bracket.is_being_processed = False
+            is_over = action != TrialScheduler.PAUSE or not bracket.current_trials()
+            if is_over or not bracket.cur_iter_done():
+                return action
+
 
 class Median(_Fair, MedianStoppingRule):  # type: ignore[misc]
     """Stops what is worse than the median of the others so far."""
@@ -162,10 +173,14 @@ def explored(job: JobConfig, point: Point, rng: random.Random) -> Point:
 
     def ask(name: str, entry: Distribution) -> Any:
         key = name.partition("#")[0]
+        anew = drawn.get(key, entry.values[0])
+        if not can_be(entry, anew):
+            anew = entry.values[0]
         if key not in point or not key.startswith(CHANGEABLE):
-            return point.get(key, drawn.get(key, entry.values[0]))
-        if key in drawn and rng.random() < RESAMPLED and can_be(entry, drawn[key]):
-            return drawn[key]
+            return point.get(key, anew)
+        # Where a condition holds no longer, it is of another distribution now.
+        if rng.random() < RESAMPLED or not can_be(entry, point[key]):
+            return anew
         return _perturbed(entry, point[key], rng)
 
     return build_point(job, ask)
