@@ -51,9 +51,9 @@ def test_a_config_tells_the_point_that_leads_to_it() -> None:
     job = job_of()
     for attempt in range(50):
         point = random_point(job, attempt)
-        config = trial_at(job, 0, point).config
-        assert located(job, config) is not None
-        assert trial_at(job, 0, point_at(job, config)).config == config
+        trial = trial_at(job, 0, point)
+        assert located(job, trial.config) is not None
+        assert trial_at(job, 0, point_at(job, trial.config, trial.trial_id)) == trial
 
 
 def test_a_config_outside_the_space_leads_from_no_point() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlrunner.configfile import config_hash, load, validate
+from tlrunner.configfile import config_hash, load, validate, with_values
 from tlrunner.errors import ConfigError
 from tlrunner.files import canonical_json
 from tlrunner.jobconfig import JobConfig
@@ -288,7 +288,9 @@ def test_points_are_tried_in_their_order_and_each_once() -> None:
     assert points_of(job) == [LAST, HEAD]
     trials = planned_trials(job)
     assert [trial.config.freeze.num_stages for trial in trials] == [2, None]
-    assert [point_at(job, trial.config) for trial in trials] == [LAST, HEAD]
+    granted = [with_values(trial.config, {"resources.cpus_per_worker": 7}) for trial in trials]
+    ids = [trial.trial_id for trial in trials]
+    assert [point_at(job, *known) for known in zip(granted, ids, strict=True)] == [LAST, HEAD]
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,11 @@ def located(job: JobConfig, config: TrialConfig) -> dict[str, tuple[Distribution
     return found if all(can_be(entry, value) for entry, value in found.values()) else None
 
 
-def point_at(job: JobConfig, config: TrialConfig) -> Point:
-    """The point that leads to a config of the search."""
+def point_at(job: JobConfig, config: TrialConfig, trial_id: str) -> Point:
+    """The point of a trial of the search, which may have been granted other resources."""
     if job.search.points:
-        return next(p for p in iter_points(job) if trial_at(job, 0, p).config == config)
+        index = int(trial_id.partition("-")[0])
+        return next(p for p in iter_points(job) if trial_at(job, index, p).trial_id == trial_id)
     found = located(job, config)
     assert found is not None, "a config of the space"
     return {name.partition("#")[0]: value for name, (_, value) in found.items()}
