@@ -159,7 +159,7 @@ def train(job: TrainJob, job_name: str, out: Console, dry_run: bool) -> int:
         except TlrunnerError:
             raise
         except Exception as err:
-            directory.fail(err)
+            directory.fail(err, planned.config)
             log.error("trial %s failed: %s", planned.trial_id, err, exc_info=err)
         return _finish(run, images, started, out, interrupted)
 

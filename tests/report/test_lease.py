@@ -164,7 +164,7 @@ WRITES: dict[str, Callable[[TrialDir, TrialConfig], object]] = {
     "keep_only": lambda trial, config: trial.keep_only(None),
     "keep_weights": lambda trial, config: trial.keep_weights(),
     "end": lambda trial, config: trial.end("stopped"),
-    "fail": lambda trial, config: trial.fail(RuntimeError("of a process that should be gone")),
+    "fail": lambda trial, config: trial.fail(RuntimeError("should be gone"), config),
 }
 
 

@@ -206,6 +206,24 @@ def test_a_newest_checkpoint_that_rotted_or_is_torn_is_passed_over(
     assert trial.to_go_on_from() is None
 
 
+@pytest.mark.usefixtures("_checkpoints_in_each_step")
+def test_a_copy_that_dies_in_its_first_epoch_goes_on_from_a_checkpoint_of_its_own(
+    tiny_trial: TrialConfig,
+    colour_images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    donor, copy = TrialDir(tmp_path / "0000-abcdef"), TrialDir(tmp_path / "0001-abcdef-e1")
+    told: list[EpochReport] = []
+    run_trial(tiny_trial, told.append, trial_dir=donor.path, images=colour_images, num_last=2)
+    seen_by(monkeypatch, [1])
+    copied = Place(donor.checkpoints / str(told[0].checkpoint))
+    with pytest.raises(StoppedError):
+        run_trial(tiny_trial, trial_dir=copy.path, images=colour_images, resume_from=copied)
+    (own,) = copy.checkpoints.iterdir()
+    assert copy.to_go_on_from() == Place(own)
+
+
 def test_what_was_told_behind_the_checkpoint_is_told_anew(
     tiny_trial: TrialConfig, colour_images: Images, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from s3_servers import Bucket
 
 from tlrunner.config import TrainConfig, TrialConfig
-from tlrunner.errors import StorageError
+from tlrunner.errors import StorageError, UnavailableError
 from tlrunner.train.checkpoint import committed, verify_commit, write_checkpoint
 from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport, TrialDir, TrialRecord
@@ -28,6 +28,30 @@ def test_reports_read_back_as_they_were_appended(tmp_path: Path, tiny_trial: Tri
     record = trial.read()
     assert (record.trial_id, record.config) == ("0000-abcdef", tiny_trial)
     assert record.epochs == (REPORT,)
+
+
+def test_a_trial_that_failed_before_it_began_is_one_that_failed(
+    tmp_path: Path, tiny_trial: TrialConfig
+) -> None:
+    trial = TrialDir(tmp_path / "0000-abcdef")
+    trial.fail(StorageError("what it was to go on from is gone"), tiny_trial)
+    record = trial.read()
+    assert (record.state, record.detail) == ("failed", "what it was to go on from is gone")
+
+
+def test_what_is_removed_while_it_is_fetched_may_be_fetched_again(
+    moto_bucket: Bucket, tmp_path: Path, tiny_trial: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = TrialDir(Place(tmp_path / "one", f"{moto_bucket.uri}/one"))
+    trial.begin(tiny_trial)
+    elsewhere = replace(trial.place, path=tmp_path / "other")
+
+    def removed(*_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("tlrunner.train.place.download", removed)
+    with pytest.raises(UnavailableError, match="was removed while it was being fetched"):
+        elsewhere.fetch()
 
 
 @given(st.integers(0, 2000))

@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 from tlrunner.data.fetch import RANGE_BYTES, download, open_store, ranges
 from tlrunner.data.store import LocalStore, Store, check_name
 from tlrunner.data.threads import map_ahead
-from tlrunner.errors import InterruptedRun, StorageError
+from tlrunner.errors import InterruptedRun, StorageError, UnavailableError
 from tlrunner.files import cannot_write, sha256_text, write_with
 from tlrunner.stored import check_size, parse_stored
 from tlrunner.uris import local_path
@@ -160,12 +160,14 @@ class Place:
         return is_attempt and file.is_file() and file.stat().st_size == num_bytes
 
     def _fetch_file(self, name: str, num_bytes: int) -> None:
-        try:
-            write_with(
-                self.path / name, lambda part: download(self.store, name, part, ranges(num_bytes))
-            )
-        except FileNotFoundError as err:
-            raise StorageError(f"{self}/{name} was removed while it was being fetched") from err
+        def write(part: Path) -> None:
+            try:
+                download(self.store, name, part, ranges(num_bytes))
+            except FileNotFoundError as err:
+                found = f"{self}/{name} was removed while it was being fetched"
+                raise UnavailableError(found) from err
+
+        write_with(self.path / name, write)
 
 
 def read_from(store: Store, kind: type[T], name: str) -> T | None:

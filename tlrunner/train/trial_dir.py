@@ -7,6 +7,7 @@ was not saved. A trial that has neither all its epochs nor an end.json was inter
 """
 
 import json
+import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ from tlrunner.train.checkpoint import (
 from tlrunner.train.place import CHECKPOINTS, Place
 
 State = Literal["completed", "stopped", "diverged", "failed", "interrupted"]
+COPY = re.compile(r"-e([0-9]+)$")  # at the end of its id: the epoch of another that a trial copies
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,15 @@ class TrialDir:
         write_json(self.path / "end.json", asdict(End(state, detail)))
         self.place.save(self.path / "end.json")
 
-    def fail(self, error: BaseException) -> None:
-        """Leave one line for the leaderboard, and the traceback for whoever mends it."""
+    def fail(self, error: BaseException, config: TrialConfig) -> None:
+        """Leave one line for the leaderboard, and the traceback for whoever mends it.
+
+        `config`: of the trial, which may have failed before it began.
+        """
         named = "" if isinstance(error, TlrunnerError) else f"{type(error).__name__}: "
         try:
+            if not self.has_begun:
+                self.begin(config)
             self.leave_traceback(error)
             self.end("failed", " ".join(redacted(f"{named}{error}").split())[:500])
         except StorageError as err:
@@ -265,8 +272,11 @@ class TrialDir:
         return epochs
 
     def _num_told(self) -> int:
-        epochs = self._epochs()
-        return epochs[-1].epoch if epochs else 0
+        """Epochs that are told; those before a copy began were told by the trial that it copied."""
+        if epochs := self._epochs():
+            return epochs[-1].epoch
+        copied = COPY.search(self.path.name)
+        return int(copied[1]) if copied else 0
 
     def _parsed(self, line: bytes) -> EpochReport:
         return parse_stored(EpochReport, line, self.path / "metrics.jsonl")

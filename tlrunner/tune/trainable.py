@@ -89,7 +89,7 @@ def run_planned(trials: Trials, values: dict[str, Any], is_halted: Callable[[], 
             _go_on(trials, planned, values, directory, is_halted)
     except Exception as err:  # the border: whatever it is, the trial's directory says so
         if _is_final(directory, err, max_failures):
-            directory.fail(err)
+            directory.fail(err, planned.config)
             return
         _leave_traceback(directory, err, is_halted)
         told = without_secrets(err)  # Ray writes what it is told to files of its own
