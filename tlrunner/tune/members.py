@@ -6,15 +6,15 @@ with as many members.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from tlrunner.files import write_json
 from tlrunner.jobconfig import JobConfig
-from tlrunner.train.checkpoint import NAME_PATTERN
-from tlrunner.train.place import Place
+from tlrunner.train.checkpoint import COMMIT, NAME_PATTERN, TRAINING_STATE
+from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir
 from tlrunner.tune.space import TRIAL_ID, PlannedTrial, Point, trial_at
 
@@ -72,6 +72,29 @@ def kept_members(run: Place) -> list[Member]:
         StorageError: the file is not what is written here.
     """
     return run.read(list[Member], POPULATION) or []
+
+
+def able(job: JobConfig, trials: Place, members: Iterable[Member]) -> list[Member]:
+    """Members, of whom those begin anew that have nothing left to go on from.
+
+    A copy that failed, or was lost, before it had a checkpoint is begun once more; its donor may
+    have ended since, or have come too far to keep what was copied.
+    """
+    return [m if _can_go_on(job, trials, m) else replace(m, copied=None) for m in members]
+
+
+def _can_go_on(job: JobConfig, trials: Place, member: Member) -> bool:
+    if member.copied is None:
+        return True
+    own = TrialDir(trials.below(member.planned(job).trial_id))
+    if own.has_begun and own.read().state != "interrupted":
+        return True
+    donor, _, name = member.copied
+    donated = trials.below(donor).below(CHECKPOINTS).below(name).store
+    kept = own.place.below(CHECKPOINTS).store.list()
+    return donated.size(TRAINING_STATE) is not None or any(
+        entry.name.endswith(f"/{COMMIT}") for entry in kept
+    )
 
 
 def epochs_behind(job: JobConfig, trials: Place, member: Member) -> int:

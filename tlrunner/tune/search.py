@@ -24,7 +24,7 @@ from tlrunner.train.place import CHECKPOINTS, Place
 from tlrunner.train.trial_dir import TrialDir, TrialRecord
 from tlrunner.tune.bell import hang_bell
 from tlrunner.tune.cluster import places_now
-from tlrunner.tune.members import Member, Members, epochs_behind, kept_members
+from tlrunner.tune.members import Member, Members, able, epochs_behind, kept_members
 from tlrunner.tune.plan import count_trials
 from tlrunner.tune.progress import NoOtherLines, Progress
 from tlrunner.tune.propose import Asked, ListedPoints, OptunaPoints, Points, Proposer
@@ -91,6 +91,7 @@ def run_search(search: Search, console: Console) -> None:
     spent = sum(record.epochs[-1].seconds for record in search.ended if record.epochs)
     spending = Spending(job, search.started, spent, has_repeats=has_repeats)
     _run(search, _points(search, ended, is_own), spending, console)
+    _end_trials(search, is_own)
     if has_repeats and (best := candidates(job, [d.read() for d in _begun(search.trials)])):
         console.print(f"repeating {', '.join(record.trial_id for record in best)}", highlight=False)
         points = repeats_of(job, best)
@@ -100,6 +101,7 @@ def run_search(search: Search, console: Console) -> None:
         )
         spending = Spending(job, search.started, spending.compute_seconds, has_repeats=False)
         _run(search, ListedPoints(points), spending, console)
+        _end_trials(search, lambda record: not is_own(record))
 
 
 def _ranked(search: Search, console: Console) -> Search:
@@ -121,13 +123,12 @@ def _run(search: Search, points: Points, spending: Spending, console: Console) -
         _tune(search, asked, spending, console)
     else:
         _fail_lost(search, [] if spending.is_over else _lost(search, asked.points))
-    _end_trials(search.trials, num_last(search.job))
 
 
 def _lost(search: Search, points: Sequence[tuple[int, Point]]) -> list[Member]:
     """Those of a population, or at some points, of which Ray lost the trial: it did not end."""
-    members = _kept_members(search) or [Member(*point) for point in points]
     search.trials.fetch(without=CHECKPOINTS)
+    members = _kept_members(search) or [Member(*point) for point in points]
     ended = {d.path.name for d in _begun(search.trials) if d.read().state != "interrupted"}
     return _without(members, ended, search.job)
 
@@ -224,7 +225,9 @@ def _population(search: Search, points: Points) -> list[Member]:
 
 
 def _kept_members(search: Search) -> list[Member]:
-    return kept_members(search.run) if search.job.search.scheduler == "pbt" else []
+    if search.job.search.scheduler != "pbt":
+        return []
+    return able(search.job, search.trials, kept_members(search.run))
 
 
 def _of_population(search: Search, members: Sequence[Member], progress: Progress) -> dict[str, Any]:
@@ -291,16 +294,18 @@ def _begun(trials: Place) -> list[TrialDir]:
     return [TrialDir(trials.below(file.parent.name)) for file in begun]
 
 
-def _end_trials(trials: Place, kept: int) -> None:
+def _end_trials(search: Search, is_of_it: Callable[[TrialRecord], bool]) -> None:
     """End the trials that the search ended, of which Ray tells its callbacks nothing.
 
-    Of each trial the best checkpoint stays.
+    Of each trial the best checkpoint stays. `is_of_it`: whether the search was of this trial.
     """
-    trials.fetch(without=CHECKPOINTS)
-    for directory in _begun(trials):
-        state = directory.read().state
-        if state == "interrupted":
+    search.trials.fetch(without=CHECKPOINTS)
+    for directory in _begun(search.trials):
+        record = directory.read()
+        if not is_of_it(record):
+            continue
+        if record.state == "interrupted":
             directory.end("stopped")
-        if kept or state in ("interrupted", "stopped"):
+        if num_last(search.job) or record.state in ("interrupted", "stopped"):
             directory.place.fetch(without_suffix=".safetensors")  # none of which is read
             directory.keep_weights()
