@@ -44,6 +44,13 @@ def test_what_is_tracked_goes_and_new_code_beside_it(repository: Path, tmp_path:
     assert (tmp_path / "copy" / "jobs" / "new.py").read_text() == "jobs/new.py"
 
 
+def test_what_git_ignores_stays_and_what_it_tracks_nevertheless_goes(repository: Path) -> None:
+    (repository / ".gitignore").write_text("new.py\nrun.py\n")
+    track(repository, ".gitignore", "pyproject.toml", "jobs/tune.py")
+    track(repository, "-f", "tlrunner/run.py")
+    assert sent(repository) == {"pyproject.toml", "jobs/tune.py", "tlrunner/run.py"}
+
+
 def test_a_file_that_was_removed_is_not_missed(repository: Path) -> None:
     track(repository, "pyproject.toml", "jobs")
     (repository / "jobs" / "notes.txt").unlink()

@@ -1,5 +1,7 @@
 """`tlrunner submit` but for the cluster: what it would send, where to, and what it makes of it."""
 
+import argparse
+import os
 import re
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray.dashboard.utils as ray_utils
 from ray.job_submission import JobStatus
 
 from tlrunner.cli import main
@@ -133,6 +136,80 @@ def test_a_cluster_that_is_gone_ends_the_following(monkeypatch):
     monkeypatch.setattr(submission, "JobSubmissionClient", no_client)
     with pytest.raises(ResourceError, match="job first may go on: ray job logs --follow first"):
         follow(Door(lambda: nullcontext("http://h:1"), None), "first", print)
+
+
+def test_a_head_that_answers_for_a_job_whose_node_is_gone_is_not_asked_for_ever(
+    followed, monkeypatch
+):
+    class Broken(FakeClient):
+        async def tail_job_logs(self, job_id: str):
+            raise RuntimeError("Cannot connect to host 10.0.0.9:52365")
+            yield ""
+
+        def get_job_logs(self, job_id: str) -> str:
+            raise RuntimeError("Request failed with status code 500")
+
+    monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
+    with pytest.raises(ResourceError, match="job first may go on"):
+        followed(Broken([[]], JobStatus.FAILED, 1))
+    assert followed(Broken([], JobStatus.FAILED, 1)) == ("", Ended(1, "said"))
+
+
+def test_a_reader_that_goes_ends_the_following(monkeypatch):
+    client = FakeClient([*TAILS], JobStatus.SUCCEEDED, 0)
+    monkeypatch.setattr(submission, "JobSubmissionClient", lambda *_, **__: client)
+
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        follow(Door(lambda: nullcontext("http://h:1"), None), "first", closed)
+
+
+def test_the_cluster_is_the_one_that_was_named_whatever_ray_is_told(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://another:1")
+    monkeypatch.setenv("RAY_ADDRESS", "http://a-third:1")
+    taken: list[str] = []
+    resolved = ray_utils.get_address_for_submission_client
+    monkeypatch.setattr(
+        submission, "JobSubmissionClient", lambda address, **_: taken.append(resolved(address))
+    )
+    with Door(lambda: nullcontext("http://named:1"), "token").client():
+        pass
+    assert taken == ["http://named:1"]
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://another:1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "address"),
+    [
+        ([], {}, "http://127.0.0.1:8265"),
+        ([], {"RAY_ADDRESS": "http://a:1"}, "http://a:1"),
+        ([], {"RAY_ADDRESS": "http://a:1", "RAY_API_SERVER_ADDRESS": "http://b:1"}, "http://b:1"),
+        (["--address", "c:8265"], {"RAY_ADDRESS": "http://a:1"}, "http://c:8265"),
+    ],
+)
+def test_the_address_is_of_the_flags_or_else_where_ray_looks(
+    monkeypatch, flags, environment, address
+):
+    for name in tool.ADDRESSES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    parser = argparse.ArgumentParser()
+    tool.arguments(parser)
+    with tool._door(parser.parse_args([*flags, "jobs/tune_flowers.py"])).way() as found:
+        assert found == address
+
+
+def test_what_is_no_cluster_is_said_to_be_none(monkeypatch):
+    def no_cluster(*_: object, **__: object) -> None:
+        raise RuntimeError("Version check returned 404: Not Found")
+
+    monkeypatch.setattr(submission, "JobSubmissionClient", no_cluster)
+    door = Door(lambda: nullcontext("http://h:1"), None)
+    with pytest.raises(ResourceError, match="no Ray cluster answers at http://h:1"):
+        submission.submit(door, "python job.py", ROOT, "first")
 
 
 @pytest.mark.parametrize(

@@ -94,13 +94,18 @@ def test_trials_that_the_scheduler_stops_give_their_places_back(job: Job, tmp_pa
     assert summary["trials"]["total"] == 3
 
 
-def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Job) -> None:
+def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(
+    job: Job, tmp_path: Path
+) -> None:
     with nodes_of(1, 2) as address:
         ended = job(
             address, "large", search={}, resources={"workers_per_trial": 4, "gpus_per_worker": 0}
         )
         fit = subprocess.run(
-            [Path(sys.executable).with_name("tlrunner"), "doctor", "--cluster"],
+            [
+                *(Path(sys.executable).with_name("tlrunner"), "doctor", "--cluster"),
+                *("--out", tmp_path / "new"),
+            ],
             env={**os.environ, "RAY_ADDRESS": address},
             capture_output=True,
             text=True,
@@ -115,6 +120,8 @@ def test_a_trial_that_can_never_fit_is_refused_with_what_the_cluster_has(job: Jo
     told = fit.stdout.splitlines()
     assert sum(": as here: ok" in line for line in told) == 2
     assert sum(", memory: " in line for line in told) == 2
+    assert sum(f"place {tmp_path}/new: written, read" in line for line in told) == 3
+    assert not (tmp_path / "new").exists()
     # Whether Ray asks for a token depends on whether its user has one.
     is_open = "anyone who reaches it can run code" in told[-1]
     assert [line for line in told if not line.endswith(": ok")] == told[-1:] * is_open

@@ -133,6 +133,7 @@ def test_a_submitted_search_is_followed_and_its_exit_code_arrives(
     secret = {"data": {"auth_token": token}}
     install(tmp_path / "bin", {"rayclusters.ray.io": answers, "secret": secret, "port": port})
     found = unknown | {"PATH": os.pathsep.join([str(tmp_path / "bin"), head["PATH"]])}
+    found |= {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", "RAY_ADDRESS": "http://127.0.0.1:9"}
     wrong = ["--set", "train.epoch=2"]
     ended = tlrunner_submit(found, "--context", "prod", "--", *wrong)
     assert ended.returncode == 64, ended.stdout + ended.stderr

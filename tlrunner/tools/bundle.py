@@ -1,7 +1,8 @@
 """The files of a repository that a job on a cluster needs: its own, and nothing that lies beside.
 
 What git tracks is the repository's own. What it does not track yet is taken from `jobs/` and
-`tlrunner/` alone, and there only code and config: data, runs and secrets stay where they are.
+`tlrunner/` alone, and there only code and config that it does not ignore: data, runs and secrets
+stay where they are.
 """
 
 import shutil
@@ -13,6 +14,7 @@ from tlrunner.errors import ConfigError
 
 NEW_IN = ("jobs", "tlrunner")
 NEW_SUFFIXES = (".py", ".yaml", ".yml", ".json")
+IGNORING = (".gitignore", ".rayignore")  # by which Ray would leave out what was chosen here
 MOST_BYTES = 100 << 20  # Ray refuses 500 MiB, and takes a while until then
 
 
@@ -49,10 +51,11 @@ def bundle_of(job: Path) -> Bundle:
         raise ConfigError(
             f"{job} is in no repository", "a job file below a pyproject.toml", "e.g. in jobs/"
         )
-    tracked = _tracked(root)
-    new = [path for path in _new_code(root) if path not in tracked]
+    tracked = _known_to_git(root, "--cached")
+    new = _new_code(root, has_git=bool(tracked))
     # A link could lead anywhere; what was removed and is tracked still is not there.
-    files = [f for f in (*tracked, *new) if (root / f).is_file() and not (root / f).is_symlink()]
+    there = [f for f in (*tracked, *new) if (root / f).is_file() and not (root / f).is_symlink()]
+    files = [file for file in there if file.name not in IGNORING]
     bundle = Bundle(root, tuple(sorted(files)), tuple(new) if tracked else ())
     if job.relative_to(root) not in bundle.files:
         raise ConfigError(f"{job} is not of the repository {root}", "", "put it into jobs/")
@@ -66,9 +69,9 @@ def bundle_of(job: Path) -> Bundle:
     return bundle
 
 
-def _tracked(root: Path) -> list[Path]:
-    """What git tracks below a directory; nothing where there is no git, or none is installed."""
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached"]
+def _known_to_git(root: Path, *which: str) -> list[Path]:
+    """What git lists below a directory; nothing where there is no git, or none is installed."""
+    command = ["git", "-C", str(root), "ls-files", "-z", *which]
     try:
         done = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
@@ -77,10 +80,9 @@ def _tracked(root: Path) -> list[Path]:
     return [Path(name) for name in names if name]
 
 
-def _new_code(root: Path) -> list[Path]:
-    return [
-        path.relative_to(root)
-        for folder in NEW_IN
-        for path in sorted((root / folder).rglob("*"))
-        if path.suffix in NEW_SUFFIXES
-    ]
+def _new_code(root: Path, *, has_git: bool) -> list[Path]:
+    if has_git:
+        found = _known_to_git(root, "--others", "--exclude-standard", "--", *NEW_IN)
+    else:
+        found = [p.relative_to(root) for folder in NEW_IN for p in (root / folder).rglob("*")]
+    return sorted(path for path in found if path.suffix in NEW_SUFFIXES)

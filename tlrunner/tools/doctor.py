@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 from rich.console import Console
@@ -73,7 +74,8 @@ def check_place(uri: str) -> Check:
         probe.drop(probe.path / PROBE)
         shutil.rmtree(probe.path)
         if is_new:
-            place.path.rmdir()
+            with suppress(OSError):  # another node tries it at the same time
+                place.path.rmdir()
     except (StorageError, OSError) as err:
         return Check(what, str(err), rights, StorageError.exit_code)
     if read != PROBE.encode() or num_listed != 1:

@@ -28,8 +28,9 @@ HELP = "run a job file on a Ray cluster: tlrunner submit jobs/tune_flowers.py --
 DESCRIPTION = f"""Run a job file of this repository on a Ray cluster, show its log, and end as it
 ends. The cluster is that at --address; or the one RayCluster in a Kubernetes namespace, if
 --context, --namespace or --cluster is given, reached by a forwarded port unless --address is given
-too, with the token of its Secret; or else that of RAY_API_SERVER_ADDRESS or
+too, with the token of its Secret; or else that of RAY_API_SERVER_ADDRESS, of RAY_ADDRESS, or
 http://127.0.0.1:{DASHBOARD_PORT}. Ctrl-C ends the following, not the job."""
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 LEFT_CODE = 130  # as of any command that Ctrl-C ends
 
 
@@ -155,7 +156,9 @@ def _door(flags: argparse.Namespace) -> "Door":
     if cluster and not flags.address:
         return Door(cluster.forwarded, token)
     default = f"http://127.0.0.1:{DASHBOARD_PORT}"
-    address = flags.address or os.environ.get("RAY_API_SERVER_ADDRESS") or default
+    address = next(filter(None, map(os.environ.get, ADDRESSES)), default)
+    if flags.address:  # without a scheme it would be, to Ray, one of its own ports
+        address = flags.address if "://" in flags.address else f"http://{flags.address}"
     return Door(lambda: nullcontext(address), token)
 
 

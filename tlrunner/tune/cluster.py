@@ -148,7 +148,7 @@ def places_now(resources: ResourceConfig) -> int:
 
 def on_each_node(function: Callable[[], T]) -> list[tuple[str, "ray.ObjectRef[T]"]]:
     """Have each node there is now run a function: names of nodes, and what is to come of it."""
-    task = ray.remote(num_cpus=0)(function)
+    task = ray.remote(num_cpus=0)(lambda: function())  # which may be any callable
     asked = []
     for node in ray.nodes():
         if node["Alive"]:

@@ -1,9 +1,10 @@
 """Jobs on a Ray cluster, seen from outside: submitted, followed, and how they ended."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from tlrunner.errors import ConfigError, InterruptedRun, ResourceError
 
 AGAIN_SECONDS = 2.0  # until a broken way to the cluster is tried again
 LOST_SECONDS = 300.0  # for which it may be broken
+HELD_SECONDS = 5.0  # that a way held which was not broken from the beginning
 START_SECONDS = 60.0  # that a head has until it takes jobs
 UNKNOWN_CODE = 70  # of a job that failed before its program could
+ADDRESS = "RAY_API_SERVER_ADDRESS"
 FORGOTTEN = "the cluster does not know it any more, as after a restart of its head"
 UNREACHED = (ConnectionError, RequestException, ClientError, RuntimeError, OSError)
 
@@ -44,7 +47,7 @@ class Door:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else None
         with self.way() as address:
             try:
-                yield JobSubmissionClient(address, headers=headers)
+                yield _client_of(address, headers)
             except AuthenticationError as err:
                 found = "refuses the token" if self.token else "asks for a token"
                 raise ResourceError(
@@ -53,9 +56,24 @@ class Door:
                     "with --context it is read from the cluster's Secret",
                 ) from err
             except (ConnectionError, RequestException) as err:
-                raise ResourceError(
-                    f"no Ray cluster answers at {address}", "", "check --address or --context"
-                ) from err
+                raise _no_cluster(address) from err
+
+
+def _client_of(address: str, headers: dict[str, str] | None) -> JobSubmissionClient:
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = address  # which Ray would take before what it is given
+    try:
+        return JobSubmissionClient(address, headers=headers)
+    except (RuntimeError, ValueError, KeyError) as err:  # something else answers there
+        raise _no_cluster(address) from err
+    finally:
+        os.environ.pop(ADDRESS)
+        if before is not None:
+            os.environ[ADDRESS] = before
+
+
+def _no_cluster(address: str) -> ResourceError:
+    return ResourceError(f"no Ray cluster answers at {address}", "", "check --address or --context")
 
 
 @dataclass(frozen=True)
@@ -108,17 +126,24 @@ def follow(door: Door, job_id: str, show: Callable[[str], object]) -> Ended:
     """
     log, seen_at = _Log(show), time.monotonic()
     while True:
+        began, num_shown = time.monotonic(), log.num_shown
         try:
             with door.client() as client:
-                seen_at = time.monotonic()
                 info = _info(client, job_id)
                 if info is None:
                     return Ended(InterruptedRun.exit_code, FORGOTTEN)
                 if info.status.is_terminal():
-                    log.show_from(0, client.get_job_logs(job_id))
+                    with suppress(RuntimeError):  # its log is gone with the node that it ran on
+                        log.show_from(0, client.get_job_logs(job_id))
                     return _ended(info)
                 asyncio.run(_tail(client, job_id, log))
+                seen_at = time.monotonic()
+        except _UnshownError as err:
+            raise err.cause from None
         except (ResourceError, *UNREACHED) as err:
+            # The head may answer although the job's log, and the job, went with another node.
+            if log.num_shown > num_shown or time.monotonic() - began > HELD_SECONDS:
+                seen_at = time.monotonic()
             if time.monotonic() - seen_at > LOST_SECONDS:
                 raise ResourceError(
                     f"the cluster has not answered for {LOST_SECONDS:.0f} s",
@@ -126,6 +151,13 @@ def follow(door: Door, job_id: str, show: Callable[[str], object]) -> Ended:
                     f"job {job_id} may go on: ray job logs --follow {job_id}",
                 ) from err
         time.sleep(AGAIN_SECONDS)
+
+
+class _UnshownError(Exception):
+    """Nobody reads what is shown, or it finds no room: no fault of the way to the cluster."""
+
+    def __init__(self, cause: OSError) -> None:
+        self.cause = cause
 
 
 @dataclass
@@ -138,7 +170,10 @@ class _Log:
     def show_from(self, position: int, text: str) -> None:
         """Show what of `text`, which begins at a position of the log, was not shown yet."""
         if rest := text[max(0, self.num_shown - position) :]:
-            self.show(rest)
+            try:
+                self.show(rest)
+            except OSError as err:
+                raise _UnshownError(err) from err
             self.num_shown += len(rest)
 
 
