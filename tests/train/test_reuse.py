@@ -87,6 +87,17 @@ def test_a_view_is_computed_once_for_all_trials_of_a_search(
     assert losses(again) == losses(first) != losses(second)
 
 
+def test_trials_of_another_precision_in_the_same_process_have_values_of_their_own(
+    run: Callable[..., list[EpochReport]], config: TrialConfig
+) -> None:
+    trials = [with_values(config, {"train.mixed_precision": name}) for name in ("bf16", "no")]
+    beside = Beside(trials, demands(trials))
+    together = [run(trial, beside=beside) for trial in trials]
+    alone = [run(with_values(trial, {"reuse.mode": "off"})) for trial in trials]
+    assert close(together[0], alone[0], 0.05)
+    assert close(together[1], alone[1], 1e-4)
+
+
 def test_fixed_views_are_the_same_for_all_seeds(
     run: Callable[..., list[EpochReport]], config: TrialConfig, rendered: list[int]
 ) -> None:

@@ -51,11 +51,14 @@ class NodeCache:
             make: writes the file at a path, into the `num_bytes` zeros that are there already.
 
         Raises:
-            StorageError: no room within the limit, or on the disk.
+            StorageError: no room within the limit, or on the disk; or the file has another size.
         """
         path = self.directory / name
         held = _held(path)
         if held is not None:
+            if (found := os.fstat(held).st_size) != num_bytes:
+                os.close(held)
+                raise StorageError(f"{path} has {found} bytes", str(num_bytes), "remove it")
             return held
         self._exists()
         with locked(self.directory / f"{name}.lock"):

@@ -103,7 +103,8 @@ class Reuse:
         return plan_cuts(self.feed.config, self.demand, images, self._cut)
 
     def _cut(self, depth: int) -> Cut:
-        return self.of_backbone.once("cut", depth, lambda: self._measure(depth), MOST_CUTS)
+        key = depth, self.feed.config.train.mixed_precision
+        return self.of_backbone.once("cut", key, lambda: self._measure(depth), MOST_CUTS)
 
     def _measure(self, depth: int) -> Cut:
         classifier, dtype = self.loop.classifier.eval(), self.feed.config.reuse.dtype
