@@ -17,6 +17,7 @@ from tlrunner.data.dataset import open_dataset
 from tlrunner.data.order import split_rows
 from tlrunner.errors import StorageError
 from tlrunner.model.freeze import levels
+from tlrunner.train import loaded
 from tlrunner.train.checkpoint import read_checkpoint
 from tlrunner.train.export import export_model, read_config
 from tlrunner.train.images import Images
@@ -99,6 +100,24 @@ def test_a_deployed_model_gives_the_logits_of_the_trial(
         assert torch.allclose(model(images), classifier.eval()(images), atol=1e-5)
     assert labels == ("blue", "green", "red")
     assert not model.training
+
+
+def test_weights_that_changed_since_the_training_are_not_exported(
+    tiny_trial: TrialConfig,
+    colour_shards: Path,
+    colour_images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial = TrialDir(tmp_path / "trial")
+    config = with_values(tiny_trial, {"backbone.name": "efficientnet_lite0"})
+    config = with_values(config, {"backbone.weights": "default", "freeze.strategy": "head"})
+    run_trial(config, lambda report: None, trial_dir=trial.path, images=colour_images)
+    export(trial, colour_shards, tmp_path / "best")
+    monkeypatch.setattr(loaded, "fingerprint_state", lambda state: "0" * 64)
+    with pytest.raises(StorageError, match="the weights of backbone efficientnet_lite0 changed"):
+        export(trial, colour_shards, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])

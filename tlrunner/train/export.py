@@ -83,12 +83,14 @@ def export_model(record: TrialRecord, trial: TrialDir, images: Manifest, out: Pa
     `images`: the manifest of what it was trained on.
 
     Raises:
-        StorageError: the checkpoint is not whole, or `out` cannot be written.
+        StorageError: the checkpoint is not whole, the pretrained weights are others than it was
+            trained with, or `out` cannot be written.
     """
     best = record.best
     assert best is not None, "only a trial with a finished epoch is exported"
-    trained, _ = read_checkpoint(trial.best_checkpoint(best))
-    classifier, preprocess = load_classifier(record.config, len(images.class_names))
+    trained, state = read_checkpoint(trial.best_checkpoint(best))
+    num_classes, weights_sha256 = len(images.class_names), state.get("weights_sha256")
+    classifier, preprocess = load_classifier(record.config, num_classes, weights_sha256)
     num_stages = len(classifier.stages.names)
     classifier.set_levels(levels(record.config.freeze, num_stages, best.epoch - 1))
     classifier.load_trainable_state(trained)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlrunner.config import Preprocess, TrialConfig
 from tlrunner.data.fetch import fetch
+from tlrunner.errors import StorageError
 from tlrunner.model.backbones import Backbone, build_backbone
 from tlrunner.model.classifier import Classifier, with_head
 from tlrunner.model.weights import fingerprint_state
@@ -44,13 +45,39 @@ class Loaded:
                 tensor.copy_(self.pristine[name])
 
 
-def load_classifier(config: TrialConfig, num_classes: int) -> tuple[Classifier, Preprocess]:
+def load_classifier(
+    config: TrialConfig, num_classes: int, weights_sha256: str | None = None
+) -> tuple[Classifier, Preprocess]:
     """The backbone with its weights and a fresh head, in the memory layout of the config.
 
     Seeds torch's generator; dropout goes on from there.
+
+    Args:
+        weights_sha256: what the pretrained tensors must be, where that is known.
+
+    Raises:
+        StorageError: they are others.
     """
     loaded = _load(config, is_kept=False)
+    if weights_sha256 is not None:
+        found = fingerprint_state(loaded.backbone.module.state_dict())
+        check_weights(config.backbone.name, found, weights_sha256)
     return new_classifier(config, loaded, num_classes), loaded.backbone.preprocess
+
+
+def check_weights(backbone: str, found: str | None, expected: str | None) -> None:
+    """Check that the pretrained tensors of a backbone are those that a trial was begun with.
+
+    Raises:
+        StorageError: they are not.
+    """
+    if found != expected:
+        raise StorageError(
+            f"the weights of backbone {backbone} changed since the trial was begun (SHA-256 of "
+            f"their tensors {found})",
+            str(expected),
+            "restore the file they come from, or choose another --name",
+        )
 
 
 def load_backbone(config: TrialConfig, warm: Warm) -> Loaded:

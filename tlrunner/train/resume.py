@@ -17,6 +17,7 @@ from torch import Tensor
 from tlrunner.errors import DataError, StorageError
 from tlrunner.stored import FINITE, read_stored
 from tlrunner.train.checkpoint import COMMIT, STATE, read_checkpoint, read_training_state
+from tlrunner.train.loaded import check_weights
 from tlrunner.train.loop import Loop
 from tlrunner.train.metrics import NOT_BEGUN, Begun
 from tlrunner.train.place import Place
@@ -62,13 +63,7 @@ class Resumed:
                 f"those with SHA-256 {self.stood.data_sha256} of their manifest",
                 "choose another --name",
             )
-        if self.stood.weights_sha256 != origin["weights_sha256"]:
-            raise StorageError(
-                f"the weights of backbone {backbone} changed since the trial was begun (SHA-256 of "
-                f"their tensors {origin['weights_sha256']})",
-                str(self.stood.weights_sha256),
-                "restore the file they come from, or choose another --name",
-            )
+        check_weights(backbone, origin["weights_sha256"], self.stood.weights_sha256)
 
 
 def read_resumable(checkpoint: Place) -> Resumed:
