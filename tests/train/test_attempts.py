@@ -96,6 +96,30 @@ def test_a_write_that_failed_on_the_way_is_not_repeated_once_the_trial_is_taken(
     assert place.store.size("metrics.jsonl") is None
 
 
+def test_what_failed_to_be_removed_is_left_once_the_trial_is_taken(
+    moto_bucket: Bucket, tmp_path: Path, tiny_trial: TrialConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path / "0000-abcdef", f"{moto_bucket.uri}/0000-abcdef")
+    trial = TrialDir(take(place))
+    write_checkpoint(trial.checkpoints, 4, {}, {"epoch": 1}, {})
+    trial.keep(trial.checkpoints / "00000004-0")
+    kept = content_of(place)
+    object_of = S3Store._object
+
+    def taken(store: S3Store, name: str) -> dict[str, str]:
+        if name.endswith("COMMIT.json"):
+            monkeypatch.setattr(S3Store, "_object", object_of)
+            take(elsewhere(place, tmp_path))
+            return {"Bucket": "no such bucket"}  # which botocore refuses
+        return object_of(store, name)
+
+    monkeypatch.setattr(S3Store, "_object", taken)
+    monkeypatch.setattr("tlrunner.data.s3._passes", lambda error: True)
+    with pytest.raises(InterruptedRun, match="trial 0000-abcdef was started again elsewhere"):
+        trial.keep_only(None)
+    assert kept.keys() <= content_of(place).keys()
+
+
 def test_a_checkpoint_under_way_is_not_committed_once_the_trial_is_taken(tmp_path: Path) -> None:
     trial = TrialDir(take(Place(tmp_path)))
 

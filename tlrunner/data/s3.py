@@ -12,6 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -218,11 +219,10 @@ class S3Store:
             return None
         return found_etag if found == content else None
 
-    def delete(self, name: str) -> None:
-        try:
-            self._ask(self._uri_of(name), lambda client: client.delete_object(**self._object(name)))
-        except FileNotFoundError:
-            return  # S3 itself does not mind, some servers do
+    def delete(self, name: str, before_again: Callable[[], object] = no_check) -> None:
+        wanted = self._object(name)
+        with suppress(FileNotFoundError):  # S3 itself does not mind, some servers do
+            self._ask(self._uri_of(name), lambda c: c.delete_object(**wanted), before_again)
 
     def _put(self, client: Any, name: str, body: Any, sha256: str, **condition: str) -> str:
         # the server compares what it received with this, and refuses what differs

@@ -66,8 +66,8 @@ class Store(Protocol):
         """
         ...
 
-    def delete(self, name: str) -> None:
-        """Remove a file; one that is not there is no error."""
+    def delete(self, name: str, before_again: Callable[[], object] = no_check) -> None:
+        """Remove a file; one that is not there is no error. `before_again`: as in `put`."""
         ...
 
 
@@ -132,7 +132,7 @@ class LocalStore:
         except OSError as err:
             raise cannot_write(target, err) from err
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, before_again: Callable[[], object] = no_check) -> None:
         path = self.path(name)
         try:
             path.unlink(missing_ok=True)

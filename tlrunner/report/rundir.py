@@ -287,7 +287,8 @@ def _is_kept(run: RunDir, record: TrialRecord) -> bool:
         return record.is_settled
     trial = run.trial(record.trial_id)
     if not is_whole(trial.best_checkpoint(record.best)) and run.uri:
-        shutil.rmtree(trial.checkpoints)  # of the working copy, which is not what counts
+        # Of the working copy, which is not what counts, and may have none.
+        shutil.rmtree(trial.checkpoints, ignore_errors=True)
         trial.place.fetch()
     return is_whole(trial.best_checkpoint(record.best))
 

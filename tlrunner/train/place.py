@@ -87,7 +87,7 @@ class Place:
         """Remove one file."""
         file.unlink(missing_ok=True)
         if self.uri:
-            self.store.delete(file.relative_to(self.path).as_posix())
+            self.store.delete(file.relative_to(self.path).as_posix(), self.checked_fence)
 
     def remove(self, directory: Path, first: str = "") -> None:
         """Remove a directory, the file called `first` before all others."""
@@ -97,8 +97,9 @@ class Place:
         if self.uri:
             below = directory.relative_to(self.path).as_posix() + "/"
             names = [e.name for e in self.store.list() if e.name.startswith(below)]
+            self.checked_fence()  # to list them may have taken long
             for name in sorted(names, key=lambda name: (Path(name).name != first, name)):
-                self.store.delete(name)
+                self.store.delete(name, self.checked_fence)
 
     def fetch(self, *, without: str = "", without_suffix: str = "", last: str = "") -> None:
         """Make the working copy hold just what is kept below the URI; each file whole or absent.
