@@ -2,24 +2,31 @@
 
 import csv
 import json
+import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from s3_servers import Bucket
 
 import tlrunner
+from tlrunner import run as module
 from tlrunner.cli import run_job
 from tlrunner.config import BackboneConfig
 from tlrunner.data.dataset import open_dataset, verify_shards
+from tlrunner.data.s3 import S3Store
 from tlrunner.files import sha256_file
 from tlrunner.jobconfig import JobConfig, PredictJob, PrepareJob, TrainJob
 from tlrunner.paths import with_absolute_paths
 from tlrunner.run import train
 from tlrunner.train.checkpoint import verify_commit
+from tlrunner.train.place import Place
 from tlrunner.train.trial_dir import EpochReport
 
 Captured = pytest.CaptureFixture[str]
@@ -593,6 +600,33 @@ def test_a_dry_run_of_a_search_starts_nothing(
     assert run_job("tune", JobConfig, "tlrunner.run:tune", argv=flags) == 0
     assert "for 2 trials" in capsys.readouterr().out
     assert not out.exists()
+
+
+def test_the_log_is_put_as_it_was_whatever_is_added_meanwhile(
+    moto_bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, log = Place(tmp_path / "run", f"{moto_bucket.uri}/run"), tmp_path / "run" / "log.txt"
+    log.parent.mkdir()
+    log.write_text("one\n")
+    put = S3Store._put
+
+    def failing_once(*_: object, **__: object) -> str:
+        monkeypatch.setattr(S3Store, "_put", put)
+        log.write_text("one\nasking again\n")
+        raise ConnectionError
+
+    monkeypatch.setattr(S3Store, "_put", failing_once)
+    module._save_log(SimpleNamespace(uri=place.uri, path=place.path, place=place))  # type: ignore[arg-type]
+    assert place.store.read("log.txt") == b"one\n"
+
+
+def test_a_log_that_cannot_be_written_is_no_error(tmp_path: Path, capsys: Captured) -> None:
+    for path in (tmp_path / "gone" / "log.txt", Path("/dev/full")):
+        handler = module._LogFile(path, delay=True)
+        handler.handle(logging.makeLogRecord({"msg": "a line"}))
+        with suppress(OSError):  # of the full disk, once more
+            handler.close()
+    assert capsys.readouterr().err == ""
 
 
 def test_one_configuration_in_several_workers_is_a_search_of_one_trial(

@@ -58,7 +58,8 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as err:
         raise cannot_write(path, err) from err
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        with suppress(OSError):  # where it cannot be written, there is nothing to be removed either
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,9 +6,12 @@ do.
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from rich.console import Console
@@ -296,8 +299,9 @@ def _finish(
     judging: Judging = Judging(),  # noqa: B008  (it is frozen)
 ) -> int:
     run.check_held()
-    kept = (LOG_NAME, "tensorboard/**/*", "wandb/*run-*/**/*")
+    kept = ("tensorboard/**/*", "wandb/*run-*/**/*")
     run.place.save(*(f for name in kept for f in sorted(run.path.glob(name)) if f.is_file()))
+    _save_log(run)
     summary = finish_run(
         run, images.manifest, time.monotonic() - started, judging, interrupted=interrupted
     )
@@ -319,8 +323,27 @@ def _show_finished(run: RunDir, out: Console) -> int:
     return exit_code(summary)
 
 
+def _save_log(run: RunDir) -> None:
+    """Put the log where the run is kept, as it is now: what fails on the way is added to it."""
+    if run.uri and (run.path / LOG_NAME).exists():
+        with TemporaryDirectory() as directory:
+            copy = Path(shutil.copy(run.path / LOG_NAME, directory))
+            run.place.store.put(LOG_NAME, copy, run.place.checked_fence)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written is not what fails a run: its results say that by themselves."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        pass
+
+
 def _log_to(run: RunDir) -> None:
     """From here on the run's directory keeps what the terminal shows no more than a line of."""
-    handler = logging.FileHandler(run.path / LOG_NAME, delay=True)
+    handler = _LogFile(run.path / LOG_NAME, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
