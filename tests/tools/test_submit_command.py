@@ -128,6 +128,7 @@ def test_what_a_cluster_refuses_is_said(monkeypatch, tmp_path, said, error):
 
 def test_a_cluster_that_is_gone_ends_the_following(monkeypatch):
     monkeypatch.setattr(submission, "LOST_SECONDS", 0.05)
+    monkeypatch.setattr(submission, "HELD_SECONDS", 0.0)
 
     def no_client(*_: object, **__: object) -> None:
         raise ConnectionError("no route")

@@ -1,6 +1,7 @@
 """Jobs on a Ray cluster, seen from outside: submitted, followed, and how they ended."""
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -126,7 +127,7 @@ def follow(door: Door, job_id: str, show: Callable[[str], object]) -> Ended:
     """
     log, seen_at = _Log(show), time.monotonic()
     while True:
-        began, num_shown = time.monotonic(), log.num_shown
+        tailed_from, num_shown = math.inf, log.num_shown
         try:
             with door.client() as client:
                 info = _info(client, job_id)
@@ -136,13 +137,14 @@ def follow(door: Door, job_id: str, show: Callable[[str], object]) -> Ended:
                     with suppress(RuntimeError):  # its log is gone with the node that it ran on
                         log.show_from(0, client.get_job_logs(job_id))
                     return _ended(info)
+                tailed_from = time.monotonic()
                 asyncio.run(_tail(client, job_id, log))
                 seen_at = time.monotonic()
         except _UnshownError as err:
             raise err.cause from None
         except (ResourceError, *UNREACHED) as err:
             # The head may answer although the job's log, and the job, went with another node.
-            if log.num_shown > num_shown or time.monotonic() - began > HELD_SECONDS:
+            if log.num_shown > num_shown or time.monotonic() - tailed_from > HELD_SECONDS:
                 seen_at = time.monotonic()
             if time.monotonic() - seen_at > LOST_SECONDS:
                 raise ResourceError(
