@@ -5,8 +5,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -64,18 +65,15 @@ def check_place(uri: str) -> Check:
     what, rights = f"place {uri}", "read, write, list and delete are needed there"
     try:
         place = place_at(uri, CACHE_DIR)
-        is_new = not place.path.exists()
         probe = place.below(f".tlrunner-doctor-{secrets.token_hex(8)}")
-        write_text(probe.path / PROBE, PROBE)
-        probe.save(probe.path / PROBE)
-        keeps_apart = honours_conditions(probe) if probe.uri else True
-        read = probe.store.read(PROBE)
-        num_listed = len(probe.store.list())
-        probe.drop(probe.path / PROBE)
-        shutil.rmtree(probe.path)
-        if is_new:
-            with suppress(OSError):  # another node tries it at the same time
-                place.path.rmdir()
+        with _left_as_it_was(place.path):
+            write_text(probe.path / PROBE, PROBE)
+            probe.save(probe.path / PROBE)
+            keeps_apart = honours_conditions(probe) if probe.uri else True
+            read = probe.store.read(PROBE)
+            num_listed = len(probe.store.list())
+            probe.drop(probe.path / PROBE)
+            shutil.rmtree(probe.path)
     except (StorageError, OSError) as err:
         return Check(what, str(err), rights, StorageError.exit_code)
     if read != PROBE.encode() or num_listed != 1:
@@ -83,6 +81,32 @@ def check_place(uri: str) -> Check:
     else:
         remedy = "" if keeps_apart else "start each run once: it ignores If-None-Match"
     return Check(what, "written, read, listed, deleted", remedy, StorageError.exit_code)
+
+
+@contextmanager
+def _left_as_it_was(directory: Path) -> Iterator[None]:
+    """A directory that was not there is not there behind the block, unless others use it."""
+    is_new = not directory.exists()
+    yield
+    if is_new:
+        with suppress(OSError):
+            directory.rmdir()
+
+
+def check_place_from_nodes(uri: str) -> Iterator[Check]:
+    """The same from each node of the connected cluster, all of them at once."""
+    from tlrunner.train.place import place_at
+    from tlrunner.tune.survey import ask_nodes
+
+    try:
+        shared = place_at(uri, CACHE_DIR).path
+    except StorageError:
+        return  # no place at all, as was said already
+    with _left_as_it_was(shared):  # which none of them can tell, beside the others
+        with suppress(OSError):  # which they will say
+            shared.mkdir(parents=True, exist_ok=True)
+        for reached in ask_nodes(partial(check_place, uri)):
+            yield _of_node(reached.node, reached.value or _no_answer(uri, reached.fault))
 
 
 def check_cluster(here: Facts, uri: str | None) -> Iterator[Check]:
@@ -102,9 +126,7 @@ def check_cluster(here: Facts, uri: str | None) -> Iterator[Check]:
                 continue
             for check in (check_alike(here, found), *check_machine(found)):
                 yield _of_node(answer.node, check)
-        for reached in ask_nodes(partial(check_place, uri)) if uri else ():
-            place = reached.value or _no_answer(uri or "", reached.fault)
-            yield _of_node(reached.node, place)
+        yield from check_place_from_nodes(uri) if uri else ()
         address, status = dashboard_without_token()
         is_open = status is not None and status < 400
         said = {None: "does not answer from here", 401: "asks for a token"}.get(status, str(status))
