@@ -53,7 +53,7 @@ def test_a_config_tells_the_point_that_leads_to_it() -> None:
         point = random_point(job, attempt)
         trial = trial_at(job, 0, point)
         assert located(job, trial.config) is not None
-        assert trial_at(job, 0, point_at(job, trial.config, trial.trial_id)) == trial
+        assert trial_at(job, 0, point_at(job, trial)) == trial
 
 
 def test_a_config_outside_the_space_leads_from_no_point() -> None:

@@ -21,7 +21,7 @@ def candidates(job: JobConfig, records: Sequence[TrialRecord]) -> list[TrialReco
 def repeats_of(job: JobConfig, best: Sequence[TrialRecord]) -> list[tuple[int, Point]]:
     """Numbers and points of the repeats: each seed of all candidates before the next seed."""
     assert job.search.final_repeats is not None, "asked for"
-    points = [(record.index, point_at(job, record.config, record.trial_id)) for record in best]
+    points = [(record.index, point_at(job, record)) for record in best]
     return [
         (index, {**point, "train.seed": job.train.seed + number})
         for number in range(1, job.search.final_repeats + 1)

@@ -24,6 +24,8 @@ from tlrunner.searchconfig import Distribution
 if TYPE_CHECKING:
     import optuna
 
+    from tlrunner.train.trial_dir import TrialRecord
+
 Point = dict[str, Any]
 Ask = Callable[[str, Distribution], Any]  # name of a distribution -> a value from it
 
@@ -124,12 +126,12 @@ def located(job: JobConfig, config: TrialConfig) -> dict[str, tuple[Distribution
     return found if all(can_be(entry, value) for entry, value in found.values()) else None
 
 
-def point_at(job: JobConfig, config: TrialConfig, trial_id: str) -> Point:
+def point_at(job: JobConfig, trial: "PlannedTrial | TrialRecord") -> Point:
     """The point of a trial of the search, which may have been granted other resources."""
     if job.search.points:
-        index = int(trial_id.partition("-")[0])
-        return next(p for p in iter_points(job) if trial_at(job, index, p).trial_id == trial_id)
-    found = located(job, config)
+        ids = ((trial_at(job, trial.index, p).trial_id, p) for p in iter_points(job))
+        return next(point for trial_id, point in ids if trial_id == trial.trial_id)
+    found = located(job, trial.config)
     assert found is not None, "a config of the space"
     return {name.partition("#")[0]: value for name, (_, value) in found.items()}
 
